@@ -1,0 +1,191 @@
+// args.h: one table of flags that parses, prints --help, and is echoed.
+//
+// Each row: name (without --), type, where the value goes, default as text, help. The default goes
+// through the same parser as the user's text, so it can not be out of range or out of date.
+//
+//     --name value    --name=value    @file    --help
+//
+// A bool takes 0 or 1. @file reads more arguments from a file: separated by white space, '#' starts
+// a comment, "..." keeps spaces; it may stand anywhere and hold further @files. A later value
+// replaces an earlier one. What can not be parsed ends the program with exit code 2 and names the
+// flag, the text found, what was expected, and for an unknown flag the nearest one there is.
+#ifndef LLMC_ARGS_H
+#define LLMC_ARGS_H
+
+#include <ctype.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "die.h"  // die, EXIT_USAGE
+#include "io.h"   // io_read_file
+
+typedef enum { ARG_BOOL, ARG_INT, ARG_INT64, ARG_DOUBLE, ARG_STRING } ArgType;
+
+typedef struct {
+    const char *name;      // "batch-tokens"
+    ArgType type;
+    void *value;           // bool *, int *, int64_t *, double *, const char **
+    const char *fallback;  // the default, as the user would type it
+    const char *help;
+    double low, high;      // numbers outside are refused; both 0: any finite number
+    bool given;            // set by args_parse when the user named it
+} Arg;
+
+static const char *const args_type_name[] = {"0|1", "integer", "integer", "number", "text"};
+
+static inline Arg *args_find(Arg *table, int count, const char *name) {
+    for (int i = 0; i < count; i++)
+        if (!strcmp(table[i].name, name)) return &table[i];
+    return NULL;
+}
+
+// Levenshtein distance; names longer than 63 characters are compared by their first 63.
+static inline int args_distance(const char *a, const char *b) {
+    int row[64], n = (int)strnlen(b, 63);
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 1; a[i - 1] && i < 64; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            int gap = 1 + (row[j - 1] < row[j] ? row[j - 1] : row[j]);
+            row[j] = change < gap ? change : gap;
+        }
+    }
+    return row[n];
+}
+
+static inline const char *args_nearest(const Arg *table, int count, const char *name) {
+    int best = 0;
+    for (int i = 1; i < count; i++)
+        if (args_distance(name, table[i].name) < args_distance(name, table[best].name)) best = i;
+    return table[best].name;
+}
+
+// Sets one value from its text. Exits 2 when the text is not of the flag's type or range.
+static inline void args_set(Arg *arg, const char *text) {
+    char *end = (char *)text;
+    double number = 0;
+    long long whole = 0;
+    errno = 0;
+    if (arg->type == ARG_STRING) {
+        *(const char **)arg->value = text;
+        return;
+    } else if (arg->type == ARG_DOUBLE) {
+        number = strtod(text, &end);
+    } else {
+        whole = strtoll(text, &end, 10);
+        number = (double)whole;
+    }
+    bool bad = end == text || *end || errno || isspace((unsigned char)*text) || !isfinite(number);
+    bool ranged = arg->low != 0 || arg->high != 0;
+    double low = ranged ? arg->low : -DBL_MAX, high = ranged ? arg->high : DBL_MAX;
+    if (arg->type == ARG_BOOL) low = 0, high = 1, ranged = true;
+    if (arg->type == ARG_INT) low = fmax(low, INT_MIN), high = fmin(high, INT_MAX);
+    if (bad || number < low || number > high) {
+        char range[96] = "";
+        if (ranged && high < 1e18) snprintf(range, sizeof range, " from %g to %g", low, high);
+        else if (ranged) snprintf(range, sizeof range, " of at least %g", low);
+        die(EXIT_USAGE, "--%s: found '%s', expected %s%s; see --help", arg->name, text,
+            arg->type == ARG_DOUBLE ? "a number" : "a whole number", range);
+    }
+    if (arg->type == ARG_BOOL) *(bool *)arg->value = whole != 0;
+    if (arg->type == ARG_INT) *(int *)arg->value = (int)whole;
+    if (arg->type == ARG_INT64) *(int64_t *)arg->value = whole;
+    if (arg->type == ARG_DOUBLE) *(double *)arg->value = number;
+}
+
+// The text that args_set would turn into the present value.
+static inline const char *args_text(const Arg *arg, char *buffer, size_t size) {
+    if (arg->type == ARG_BOOL) snprintf(buffer, size, "%d", *(bool *)arg->value);
+    if (arg->type == ARG_INT) snprintf(buffer, size, "%d", *(int *)arg->value);
+    if (arg->type == ARG_INT64) snprintf(buffer, size, "%lld", (long long)*(int64_t *)arg->value);
+    if (arg->type == ARG_DOUBLE) {
+        snprintf(buffer, size, "%.9g", *(double *)arg->value);
+        if (strtod(buffer, NULL) != *(double *)arg->value) snprintf(buffer, size, "%.17g", *(double *)arg->value);
+    }
+    return arg->type == ARG_STRING ? *(const char **)arg->value : buffer;
+}
+
+// The table as text: one row a flag. The README's list is this output.
+static inline void args_help(FILE *out, const char *usage, const Arg *table, int count) {
+    fprintf(out, "usage: %s\n\n", usage);
+    for (int i = 0; i < count; i++) {
+        char left[64];
+        snprintf(left, sizeof left, "--%s %s", table[i].name, args_type_name[table[i].type]);
+        fprintf(out, "  %-26s %s", left, table[i].help);
+        fprintf(out, *table[i].fallback ? " [%s]\n" : "\n", table[i].fallback);
+    }
+    fprintf(out, "\n  @file reads flags from a file; --help prints this and exits.\n");
+}
+
+// Every flag with the value in force, as a file that @file reads back: what the user set comes
+// first on the echo, the rest is the defaults'.
+static inline void args_echo(FILE *out, const Arg *table, int count, bool all) {
+    for (int i = 0; i < count; i++) {
+        char buffer[64];
+        const char *text = args_text(&table[i], buffer, sizeof buffer);
+        if (all || table[i].given)
+            fprintf(out, strpbrk(text, " \t#\"") || !*text ? "--%s \"%s\"\n" : "--%s %s\n", table[i].name, text);
+    }
+}
+
+static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n, int nesting);
+
+// Splits the content of a file into arguments, in place. The memory stays: string flags point at it.
+static inline void args_parse_file(Arg *table, int count, const char *usage, const char *path, int nesting) {
+    char *text;
+    size_t size;
+    if (nesting > 8) die(EXIT_USAGE, "@%s: files of flags nested more than 8 deep", path);
+    if (io_read_file(path, &text, &size)) die(EXIT_USAGE, "@%s: %s", path, io_error);
+    char **list = (char **)die_alloc(size / 2 + 2, sizeof *list, "flags from a file");
+    int n = 0;
+    for (char *p = text; *p;) {
+        if (isspace((unsigned char)*p)) { p++; continue; }
+        if (*p == '#') { p += strcspn(p, "\n"); continue; }
+        bool quoted = *p == '"';
+        list[n++] = p += quoted;
+        p += strcspn(p, quoted ? "\"" : " \t\r\n");
+        if (quoted && !*p) die(EXIT_USAGE, "@%s: found a \" that is never closed", path);
+        if (*p) *p++ = 0;
+    }
+    args_parse_list(table, count, usage, list, n, nesting + 1);
+    free(list);
+}
+
+static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n, int nesting) {
+    for (int i = 0; i < n; i++) {
+        if (list[i][0] == '@') {
+            args_parse_file(table, count, usage, list[i] + 1, nesting);
+            continue;
+        }
+        if (!strcmp(list[i], "--help") || !strcmp(list[i], "-h")) {
+            args_help(stdout, usage, table, count);
+            exit(EXIT_OK);
+        }
+        if (strncmp(list[i], "--", 2)) die(EXIT_USAGE, "found '%s', expected a flag (--name value); see --help", list[i]);
+        char name[64];
+        const char *equals = strchr(list[i], '=');
+        snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - list[i] - 2) : 63, list[i] + 2);
+        Arg *arg = args_find(table, count, name);
+        if (!arg) die(EXIT_USAGE, "unknown flag --%s; did you mean --%s? see --help", name, args_nearest(table, count, name));
+        if (!equals && i + 1 >= n) die(EXIT_USAGE, "--%s: found nothing behind it, expected %s", name, args_type_name[arg->type]);
+        args_set(arg, equals ? equals + 1 : list[++i]);
+        arg->given = true;
+    }
+}
+
+// Sets every value to its default, then reads the command line. usage: the first line of --help.
+static inline void args_parse(Arg *table, int count, const char *usage, int argc, char **argv) {
+    for (int i = 0; i < count; i++) args_set(&table[i], table[i].fallback), table[i].given = false;
+    args_parse_list(table, count, usage, argv + 1, argc - 1, 0);
+}
+
+#endif
