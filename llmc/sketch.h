@@ -82,7 +82,7 @@ static inline void sketch_chunk(double out[SKETCH_SIZE], const float *x, size_t 
 }
 
 // The sketch of x[0..n).
-static inline void sketch(double out[SKETCH_SIZE], const float *x, size_t n) {
+static inline void sketch_compute(double out[SKETCH_SIZE], const float *x, size_t n) {
     SketchSigns signs;
     for (int b = 0; b < 256; b++)
         for (int i = 0; i < 8; i++) signs.sign[b][i] = b >> i & 1 ? 1 : -1;
@@ -91,9 +91,7 @@ static inline void sketch(double out[SKETCH_SIZE], const float *x, size_t n) {
     for (size_t start = 0; start < n; start += round) {
         double part[SKETCH_ROUND][SKETCH_SIZE];
         int chunks = (int)(((n - start < round ? n - start : round) + chunk - 1) / chunk);
-#ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic)
-#endif
         for (int c = 0; c < chunks; c++) {
             size_t first = start + (size_t)c * chunk;
             sketch_chunk(part[c], x + first, n - first < chunk ? n - first : chunk, first, &signs);

@@ -38,7 +38,7 @@ TEST(equals_the_figures_of_a_separate_program) {
     float x[1000];
     double s[SKETCH_SIZE];
     for (int e = 0; e < 1000; e++) x[e] = e % 5 ? (float)(e * 37 % 101 - 50) / 8 : 0;
-    sketch(s, x, 1000);
+    sketch_compute(s, x, 1000);
     CHECK(s[0] == 0x1.9ca424e4e1605p+6);
     CHECK(s[1] == -4.875);
     CHECK(s[2] == 792);
@@ -55,7 +55,7 @@ TEST(equals_its_definition_at_ragged_sizes) {
     float *x = random_tensor(3 * chunk + 77, 1);
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         double fast[SKETCH_SIZE], plain[SKETCH_SIZE];
-        sketch(fast, x, sizes[i]);
+        sketch_compute(fast, x, sizes[i]);
         sketch_plainly(plain, x, sizes[i]);
         double worst = 0;
         for (int k = 0; k < SKETCH_SIZE; k++) worst = fmax(worst, fabs(fast[k] - plain[k]));
@@ -75,7 +75,7 @@ TEST(goes_past_one_round_of_chunks) {
         signs_of(sign, at[k]);
         for (int j = 0; j < 64; j++) expected[j] += sign[j] * x[at[k]];
     }
-    sketch(s, x, n);
+    sketch_compute(s, x, n);
     CHECK(!memcmp(s + SKETCH_PROJECTION, expected, sizeof expected));
     CHECK(s[SKETCH_NORM] == sqrt(6));
     CHECK(s[SKETCH_SUM] == 2);
@@ -87,7 +87,7 @@ TEST(distance_is_that_of_the_tensors_within_a_few_deviations) {
     size_t n = 20000;
     float *a = random_tensor(n, 2), *b = random_tensor(n, 3);
     double sa[SKETCH_SIZE], sb[SKETCH_SIZE];
-    sketch(sa, a, n);
+    sketch_compute(sa, a, n);
     for (double scale = 1e-6; scale < 2; scale *= 100) {
         double sum = 0;
         float *c = (float *)malloc(n * sizeof *c);
@@ -95,7 +95,7 @@ TEST(distance_is_that_of_the_tensors_within_a_few_deviations) {
             c[i] = a[i] + (float)scale * b[i];
             sum += ((double)c[i] - a[i]) * ((double)c[i] - a[i]);
         }
-        sketch(sb, c, n);
+        sketch_compute(sb, c, n);
         CHECK_NEAR(sketch_distance(sa, sb) / sqrt(sum), 1, 0.3);  // 9% is one deviation
         free(c);
     }
@@ -107,10 +107,10 @@ TEST(one_element_swapped_with_another_is_seen) {
     size_t n = 5000;
     float *x = random_tensor(n, 4);
     double before[SKETCH_SIZE], after[SKETCH_SIZE];
-    sketch(before, x, n);
+    sketch_compute(before, x, n);
     float keep = x[10];
     x[10] = x[4000], x[4000] = keep;
-    sketch(after, x, n);
+    sketch_compute(after, x, n);
     CHECK_NEAR(before[SKETCH_NORM], after[SKETCH_NORM], 1e-9);
     CHECK(sketch_distance(before, after) > 0.5 * fabs(keep - x[10]));
     free(x);
@@ -119,7 +119,7 @@ TEST(one_element_swapped_with_another_is_seen) {
 TEST(nan_and_infinity_show) {
     float x[3] = {1, NAN, INFINITY};
     double s[SKETCH_SIZE];
-    sketch(s, x, 3);
+    sketch_compute(s, x, 3);
     CHECK(isnan(s[SKETCH_NORM]) && isnan(s[SKETCH_SUM]) && isnan(s[SKETCH_PROJECTION]));
     CHECK(s[SKETCH_NONZERO] == 3);
 }
@@ -131,10 +131,10 @@ TEST(bits_do_not_depend_on_threads) {
     double one[SKETCH_SIZE], more[SKETCH_SIZE];
     int threads = omp_get_max_threads();
     omp_set_num_threads(1);
-    sketch(one, x, n);
+    sketch_compute(one, x, n);
     for (int t = 2; t <= 5; t++) {
         omp_set_num_threads(t);
-        sketch(more, x, n);
+        sketch_compute(more, x, n);
         CHECK(!memcmp(one, more, sizeof one));
     }
     omp_set_num_threads(threads);
