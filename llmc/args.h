@@ -5,7 +5,8 @@
 //
 //     --name value    --name=value    @file    --help
 //
-// A bool takes 0 or 1. @file reads more arguments from a file: separated by white space, '#' starts
+// A bool takes 0 or 1. A list takes one more item each time, and all words that are no flags, if
+// the table has one. @file reads more arguments from a file: separated by white space, '#' starts
 // a comment, "..." keeps spaces; it may stand anywhere and hold further @files. A later value
 // replaces an earlier one. What can not be parsed ends the program with exit code 2 and names the
 // flag, the text found, what was expected, and for an unknown flag the nearest one there is.
@@ -25,23 +26,36 @@
 #include "die.h"  // die, EXIT_USAGE
 #include "io.h"   // io_read_file
 
-typedef enum { ARG_BOOL, ARG_INT, ARG_INT64, ARG_DOUBLE, ARG_STRING } ArgType;
+typedef enum { ARG_BOOL, ARG_INT, ARG_INT64, ARG_DOUBLE, ARG_STRING, ARG_LIST } ArgType;
+
+typedef struct {
+    const char **item;  // (count) start from {0}; free(item) when done
+    int count;
+} ArgList;
 
 typedef struct {
     const char *name;      // "batch-tokens"
     ArgType type;
-    void *value;           // bool *, int *, int64_t *, double *, const char **
+    void *value;           // bool *, int *, int64_t *, double *, const char **, ArgList *
     const char *fallback;  // the default, as the user would type it
     const char *help;
     double low, high;      // numbers outside are refused; both 0: any finite number
     bool given;            // set by args_parse when the user named it
 } Arg;
 
-static const char *const args_type_name[] = {"0|1", "integer", "integer", "number", "text"};
+static const char *const args_type_name[] = {"0|1", "integer", "integer", "number", "text",
+                                             "text, again and again"};
 
 static inline Arg *args_find(Arg *table, int count, const char *name) {
     for (int i = 0; i < count; i++)
         if (!strcmp(table[i].name, name)) return &table[i];
+    return NULL;
+}
+
+// The row that takes words that are no flags, or NULL.
+static inline Arg *args_find_list(Arg *table, int count) {
+    for (int i = 0; i < count; i++)
+        if (table[i].type == ARG_LIST) return &table[i];
     return NULL;
 }
 
@@ -69,6 +83,13 @@ static inline const char *args_nearest(const Arg *table, int count, const char *
     return table[best].name;
 }
 
+static inline void args_append(ArgList *list, const char *text) {
+    size_t size = ((size_t)list->count + 1) * sizeof *list->item;
+    list->item = (const char **)realloc((void *)list->item, size);
+    if (!list->item) die(EXIT_INTERNAL, "out of memory for %zu bytes of flags", size);
+    list->item[list->count++] = text;
+}
+
 // Sets one value from its text. Exits 2 when the text is not of the flag's type or range.
 static inline void args_set(Arg *arg, const char *text) {
     char *end = (char *)text;
@@ -77,6 +98,9 @@ static inline void args_set(Arg *arg, const char *text) {
     errno = 0;
     if (arg->type == ARG_STRING) {
         *(const char **)arg->value = text;
+        return;
+    } else if (arg->type == ARG_LIST) {
+        args_append((ArgList *)arg->value, text);
         return;
     } else if (arg->type == ARG_DOUBLE) {
         number = strtod(text, &end);
@@ -102,7 +126,7 @@ static inline void args_set(Arg *arg, const char *text) {
     if (arg->type == ARG_DOUBLE) *(double *)arg->value = number;
 }
 
-// The text that args_set would turn into the present value.
+// The text that args_set would turn into the present value; not for a list.
 static inline const char *args_text(const Arg *arg, char *buffer, size_t size) {
     if (arg->type == ARG_BOOL) snprintf(buffer, size, "%d", *(bool *)arg->value);
     if (arg->type == ARG_INT) snprintf(buffer, size, "%d", *(int *)arg->value);
@@ -131,9 +155,13 @@ static inline void args_help(FILE *out, const char *usage, const Arg *table, int
 static inline void args_echo(FILE *out, const Arg *table, int count, bool all) {
     for (int i = 0; i < count; i++) {
         char buffer[64];
-        const char *text = args_text(&table[i], buffer, sizeof buffer);
-        if (all || table[i].given)
-            fprintf(out, strpbrk(text, " \t#\"") || !*text ? "--%s \"%s\"\n" : "--%s %s\n", table[i].name, text);
+        bool is_list = table[i].type == ARG_LIST;
+        const ArgList *list = is_list ? (const ArgList *)table[i].value : NULL;
+        for (int k = 0; k < (is_list ? list->count : all || table[i].given); k++) {
+            const char *text = is_list ? list->item[k] : args_text(&table[i], buffer, sizeof buffer);
+            bool quote = strpbrk(text, " \t#\"") || !*text;
+            fprintf(out, quote ? "--%s \"%s\"\n" : "--%s %s\n", table[i].name, text);
+        }
     }
 }
 
@@ -170,7 +198,13 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
             args_help(stdout, usage, table, count);
             exit(EXIT_OK);
         }
-        if (strncmp(list[i], "--", 2)) die(EXIT_USAGE, "found '%s', expected a flag (--name value); see --help", list[i]);
+        if (strncmp(list[i], "--", 2)) {
+            Arg *words = args_find_list(table, count);
+            if (!words) die(EXIT_USAGE, "found '%s', expected a flag (--name value); see --help", list[i]);
+            args_set(words, list[i]);
+            words->given = true;
+            continue;
+        }
         char name[64];
         const char *equals = strchr(list[i], '=');
         snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - list[i] - 2) : 63, list[i] + 2);
@@ -184,7 +218,10 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
 
 // Sets every value to its default, then reads the command line. usage: the first line of --help.
 static inline void args_parse(Arg *table, int count, const char *usage, int argc, char **argv) {
-    for (int i = 0; i < count; i++) args_set(&table[i], table[i].fallback), table[i].given = false;
+    for (int i = 0; i < count; i++) {
+        if (table[i].type != ARG_LIST) args_set(&table[i], table[i].fallback);
+        table[i].given = false;
+    }
     args_parse_list(table, count, usage, argv + 1, argc - 1, 0);
 }
 
