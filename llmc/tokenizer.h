@@ -23,7 +23,9 @@
 // vocabulary a space never stands behind white space.)
 //
 // The splitting pattern needs Unicode's letters and numbers: the library PCRE2, compiled in with
-// -DUSE_PCRE2. Without it everything but tokenizer_encode for GPT-2's tokens works.
+// -DUSE_PCRE2. Without it everything but tokenizer_encode for GPT-2's tokens works. A letter that is
+// younger than the library's Unicode (14.0, of 2021, in PCRE2 10.40) counts as a sign: text with one
+// may get other ids than tiktoken's.
 #ifndef LLMC_TOKENIZER_H
 #define LLMC_TOKENIZER_H
 
@@ -42,31 +44,33 @@
 #include "llmc/die.h"  // die, die_alloc, EXIT_DATA
 #include "llmc/io.h"   // io_read_file
 
-#define TOKENIZER_MAGIC 20240328u
-#define TOKENIZER_VERSION 2u
-#define TOKENIZER_HEADER 1024u                // bytes before the first token
+#define TOKENIZER_MAGIC    20240328u
+#define TOKENIZER_VERSION  2u
+#define TOKENIZER_HEADER   1024u              // bytes before the first token
 #define TOKENIZER_MAX_TEXT ((size_t)1 << 31)  // bytes that one call can encode
-#define TOKENIZER_NONE 0xFFFFFFFFu            // no token
-
-typedef struct { uint32_t tag, id; } TokenizerSlot;  // hash of the bytes, id or TOKENIZER_NONE
+#define TOKENIZER_NONE     0xFFFFFFFFu        // no token
 
 typedef struct {
-    int vocab;                // V: ids are 0 .. V-1
-    int bos;                  // the separator before each document, never made by encoding
-    uint8_t *bytes;           // the tokens' bytes, one token behind the other
-    uint32_t *start;          // (V + 1) token id is bytes[start[id]] .. bytes[start[id + 1] - 1]
-    uint32_t byte_id[256];    // the token of one byte
-    uint32_t longest;         // bytes of the longest token
-    TokenizerSlot *slots;     // (slot_mask + 1) open-addressed hash of every token but BOS;
-    uint32_t slot_mask;       //   NULL for the byte tokenizer
-    uint64_t beside[1024];    // bit 256*a + b: some token holds byte a directly before byte b
+    uint32_t tag, id;
+} TokenizerSlot;  // hash of the bytes, id or TOKENIZER_NONE
+
+typedef struct {
+    int vocab;              // V: ids are 0 .. V-1
+    int bos;                // the separator before each document, never made by encoding
+    uint8_t *bytes;         // the tokens' bytes, one token behind the other
+    uint32_t *start;        // (V + 1) token id is bytes[start[id]] .. bytes[start[id + 1] - 1]
+    uint32_t byte_id[256];  // the token of one byte
+    uint32_t longest;       // bytes of the longest token
+    TokenizerSlot *slots;   // (slot_mask + 1) open-addressed hash of every token but BOS;
+    uint32_t slot_mask;     //   NULL for the byte tokenizer
+    uint64_t beside[1024];  // bit 256*a + b: some token holds byte a directly before byte b
 #ifdef USE_PCRE2
     pcre2_code *pattern;
 #endif
 } Tokenizer;
 
 typedef struct {
-    uint16_t *ids;       // (count) start from {0}; free(ids) when done
+    uint16_t *ids;  // (count) start from {0}; free(ids) when done
     size_t count, room;
 } TokenList;
 
@@ -117,8 +121,8 @@ static inline uint32_t tokenizer_u32(const uint8_t *p) {
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-__attribute__((format(printf, 3, 4)))
-static inline int tokenizer_bad(const char *name, size_t offset, const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static inline int
+tokenizer_bad(const char *name, size_t offset, const char *format, ...) {
     char what[160];
     va_list args;
     va_start(args, format);
@@ -183,8 +187,8 @@ static inline int tokenizer_parse_index(Tokenizer *t, const char *name) {
         if (id == (uint32_t)t->bos) continue;
         TokenizerSlot *slot = tokenizer_slot(t, s, n, tag);
         if (slot->id != TOKENIZER_NONE)
-            return tokenizer_bad(name, offset, "found token %u again as token %u, expected a new one",
-                                 slot->id, id);
+            return tokenizer_bad(
+                name, offset, "found token %u again as token %u, expected a new one", slot->id, id);
         slot->tag = tag, slot->id = id;
         if (n == 1) t->byte_id[s[0]] = id;
         for (uint32_t i = 1; i < n; i++)
@@ -241,8 +245,9 @@ static inline void tokenizer_init_bytes(Tokenizer *t) {
 // GPT-2's pattern: the end of a contraction; letters, numbers or other signs, a space before them
 // included; white space but for its last character, if a word follows; white space. The class of
 // white space is written out because PCRE2's \s also takes U+180E, which Unicode moved away.
-#define TOKENIZER_SPACE "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}" \
-                        "\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
+#define TOKENIZER_SPACE                                                                            \
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}"                               \
+    "\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
 static inline pcre2_code *tokenizer_pattern(void) {
     static const char pattern[] =
         "'(?:[sdmt]|ll|ve|re)| ?\\p{L}++| ?\\p{N}++| ?[^\\p{L}\\p{N}" TOKENIZER_SPACE "]++"
@@ -458,8 +463,8 @@ static inline void tokenizer_bad_tail(const Tokenizer *t, TokenizerHeap *h, cons
 }
 #endif
 
-// Appends the tokens of text, (n) bytes of anything. Exits when n is over TOKENIZER_MAX_TEXT or PCRE2
-// is needed and was not compiled in. Several threads may share one Tokenizer.
+// Appends the tokens of text, (n) bytes of anything. Exits when n is over TOKENIZER_MAX_TEXT, or
+// PCRE2 is needed and was not compiled in. Several threads may share one Tokenizer.
 static inline void tokenizer_encode(const Tokenizer *t, const void *text, size_t n,
                                     TokenList *out) {
     const uint8_t *s = (const uint8_t *)text;

@@ -8,7 +8,7 @@
 #include "llmc/tokenizer.h"
 
 #define SUBSET "dev/test/fixtures/tokenizer_subset.bin"
-#define CASES "dev/test/fixtures/tokenizer_cases.txt"
+#define CASES  "dev/test/fixtures/tokenizer_cases.txt"
 
 typedef struct {
     char name[64];
@@ -17,9 +17,9 @@ typedef struct {
     TokenList ids;
 } Case;
 
-static Case *cases;     // (case_count) the strings with tiktoken's ids
+static Case *cases;  // (case_count) the strings with tiktoken's ids
 static int case_count;
-static TokenList map;   // GPT-2's id of each id of the subset
+static TokenList map;  // GPT-2's id of each id of the subset
 static Tokenizer subset;
 
 // ---------------------------------------------------------------------------------------------
@@ -339,9 +339,11 @@ static void check_refused(const uint8_t *file, size_t size, const char *message)
     Tokenizer t;
     bool refused = tokenizer_parse(&t, "vocab.bin", file, size) != 0;
     CHECK(refused);
-    if (!refused) tokenizer_free(&t);
-    else test_check(strstr(tokenizer_error, message), __FILE__, __LINE__,
-                    "found '%s', expected '%s' in it", tokenizer_error, message);
+    if (!refused)
+        tokenizer_free(&t);
+    else
+        test_check(strstr(tokenizer_error, message), __FILE__, __LINE__,
+                   "found '%s', expected '%s' in it", tokenizer_error, message);
 }
 
 // Parses a good file with one byte changed.
