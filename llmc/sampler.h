@@ -1,0 +1,51 @@
+// sampler.h: draws the next token from a row of logits.
+//
+//     p_v proportional to exp(z_v / temperature) over the top_k largest logits (0: over all)
+//
+// temperature 0 takes the largest logit. The random number comes from the caller, so a sample is a
+// pure function of (seed, number of the sample, position).
+#ifndef LLMC_SAMPLER_H
+#define LLMC_SAMPLER_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "llmc/die.h"  // die_alloc
+
+static inline int sampler_descending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+// The k-th largest of V logits, 1 <= k <= V.
+static inline float sampler_threshold(const float *logits, int V, int k) {
+    float *sorted = (float *)die_alloc((size_t)V, sizeof *sorted, "a sample's logits");
+    for (int v = 0; v < V; v++) sorted[v] = logits[v];
+    qsort(sorted, (size_t)V, sizeof *sorted, sampler_descending);
+    float threshold = sorted[k - 1];
+    free(sorted);
+    return threshold;
+}
+
+// Returns a token id in 0 .. V-1. u: uniform in [0, 1). Logits equal to the k-th largest all stay in.
+static inline int sampler_pick(const float *logits,  // (V)
+                               int V, double temperature, int top_k, double u) {
+    int best = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    if (temperature <= 0) return best;
+    float threshold = top_k > 0 && top_k < V ? sampler_threshold(logits, V, top_k) : -INFINITY;
+    double sum = 0;
+    for (int v = 0; v < V; v++)
+        if (logits[v] >= threshold) sum += exp((logits[v] - logits[best]) / temperature);
+    double seen = 0;
+    for (int v = 0; v < V; v++) {
+        if (logits[v] < threshold) continue;
+        seen += exp((logits[v] - logits[best]) / temperature);
+        if (seen > u * sum) return v;
+    }
+    return best;
+}
+
+#endif

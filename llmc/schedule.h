@@ -1,0 +1,107 @@
+// schedule.h: how long to train, in which batches, and what every number of the optimizer is at
+// step it of n. Pure functions of the flags, shared by both trainers and printed by --dry-run.
+//
+//     P    matrix parameters (config_matrix_params)     Z    = ratio * P, the horizon in tokens
+//     Z12  the horizon of depth 12 at its default shape with this vocabulary
+//     batch = 2^round(log2(2^19 (Z/Z12)^0.383))         steps = floor(floor(ratio * P) / batch)
+//
+//     lr        linear rise over the warmup, flat, then a linear fall to 5% over the last 65%
+//     momentum  of Muon: 0.85 -> 0.97 over 400 steps, 0.97 -> 0.90 while lr falls
+//     wd        of Muon: falls as a half cosine, (1 + cos(pi it/n)) / 2
+//
+// Learning rates grow with sqrt(batch), tables' and head's fall with sqrt(width). Constants from
+// modded-nanogpt and nanochat (2025-2026).
+#ifndef LLMC_SCHEDULE_H
+#define LLMC_SCHEDULE_H
+
+#include <math.h>
+#include <stdint.h>
+
+#include "llmc/die.h"    // die, EXIT_USAGE
+#include "llmc/flags.h"  // Flags
+#include "llmc/model.h"  // Config, Group, config_matrix_params
+
+typedef struct {
+    int64_t batch;     // tokens per update
+    int64_t steps;     // n
+    int micro_rows;    // rows at once per rank
+    int micro_steps;   // forward and backward passes per update, each of micro_rows on every rank
+    double horizon;    // Z
+    double horizon12;  // Z12
+} Plan;
+
+// AdamW's or Muon's numbers of one group, before the schedule.
+typedef struct {
+    const char *name;
+    double lr;            // scaled by width and batch
+    double beta1, beta2;  // Muon: beta1 is not used, its momentum is scheduled
+    double eps, wd;
+} GroupNumbers;
+
+// The factors that step it of n puts on every group's lr and on Muon's wd, and Muon's momentum.
+typedef struct { double lr, momentum, wd; } Schedule;
+
+static inline int64_t plan_default_batch(double horizon, double horizon12) {
+    return (int64_t)exp2(rint(log2(exp2(19) * pow(horizon / horizon12, 0.383))));
+}
+
+// Largest divisor of `rows` that keeps rows * T within 8192 tokens; 1 when a single row is longer.
+static inline int plan_default_micro_rows(int64_t rows, int T) {
+    int most = 8192 / T > 1 ? 8192 / T : 1;
+    while (rows % most) most--;
+    return most;
+}
+
+// Batch, steps and micro-steps from the flags. Exits 2 when they do not divide.
+static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
+    Plan p;
+    double P = config_matrix_params(c);
+    p.horizon = f->ratio * P;
+    p.horizon12 = f->ratio * (12.0 * 12 * 768 * 768 + 768.0 * c->V);
+    p.batch = f->batch_tokens ? f->batch_tokens : plan_default_batch(p.horizon, p.horizon12);
+    if (p.batch % c->T)
+        die(EXIT_USAGE, "--batch-tokens: found %lld, expected a multiple of --seq-len %d", (long long)p.batch, c->T);
+    int64_t rows = p.batch / c->T;
+    if (rows % ranks)
+        die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of the %d ranks", (long long)p.batch, (long long)rows, ranks);
+    p.micro_rows = f->micro_batch ? f->micro_batch : plan_default_micro_rows(rows / ranks, c->T);
+    if (rows % ((int64_t)p.micro_rows * ranks))
+        die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of --micro-batch %d on %d ranks", (long long)p.batch,
+            (long long)rows, p.micro_rows, ranks);
+    p.micro_steps = (int)(rows / ((int64_t)p.micro_rows * ranks));
+    int64_t tokens = f->tokens ? f->tokens : (int64_t)floor(p.horizon);
+    p.steps = f->steps ? f->steps : tokens / p.batch;
+    if (p.steps < 1)
+        die(EXIT_USAGE, "found less than one step: %lld tokens in batches of %lld; raise --tokens or --ratio, or lower --batch-tokens",
+            (long long)tokens, (long long)p.batch);
+    return p;
+}
+
+// The numbers of one group, its lr scaled by width and batch.
+static inline GroupNumbers plan_group(const Plan *p, const Flags *f, const Config *c, Group group) {
+    double batch_scale = sqrt((double)p->batch / exp2(19)), width_scale = sqrt(768.0 / c->C);
+    GroupNumbers table[GROUP_COUNT] = {
+        /* GROUP_LM_HEAD     */ {"lm_head", f->lr_lm_head * width_scale * batch_scale, 0.8, 0.96, 1e-10, 0.01},
+        /* GROUP_WTE         */ {"wte", f->lr_wte * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.001},
+        /* GROUP_VALUE_EMBED */ {"value_embed", f->lr_value_embed * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.01},
+        /* GROUP_RESID       */ {"resid_lambda", f->lr_resid * batch_scale, 0.8, 0.95, 1e-8, 0.05},
+        /* GROUP_X0          */ {"x0_lambda", f->lr_x0 * batch_scale, 0.96, 0.95, 1e-8, 0},
+        /* GROUP_SMEAR       */ {"smear, backout", f->lr_smear, 0.8, 0.95, 1e-8, 0},
+        /* GROUP_MATRIX      */ {"matrices (Muon)", f->lr_matrix * batch_scale, 0, 0.9, 1e-10,
+                                 f->wd_matrix * batch_scale * p->horizon12 / p->horizon},
+    };
+    return table[group];
+}
+
+// The schedule at step it = 0 .. n-1 of n.
+static inline Schedule schedule_at(int64_t it, int64_t n, int warmup) {
+    Schedule s;
+    double d = rint(0.65 * (double)n), x = (double)it, end = (double)n;  // d: steps in which lr falls
+    double left = (end - x) / d;
+    s.lr = it < warmup ? (x + 1) / warmup : x <= end - d ? 1 : left + 0.05 * (1 - left);
+    s.momentum = it < 400 ? 0.85 + 0.12 * x / 400 : x >= end - d ? 0.97 - 0.07 * (x - (end - d)) / d : 0.97;
+    s.wd = (1 + cos(3.141592653589793 * x / end)) / 2;
+    return s;
+}
+
+#endif
