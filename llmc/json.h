@@ -309,6 +309,8 @@ typedef struct {
     size_t size, room;
 } JsonText;
 
+typedef struct { const char *key, *value; } JsonPair;
+
 static inline void json_text_reserve(JsonText *t, size_t more) {
     if (t->size + more < t->room) return;
     t->room = 2 * (t->size + more) + 256;
@@ -348,6 +350,13 @@ static inline void json_put_string(JsonText *t, const char *s, size_t n) {
         else json_text_reserve(t, 1), t->text[t->size++] = (char)c, t->text[t->size] = 0;
     }
     json_put(t, "\"");
+}
+
+// Appends "key": "value".
+static inline void json_put_pair(JsonText *t, JsonPair pair) {
+    json_put_string(t, pair.key, strlen(pair.key));
+    json_put(t, ": ");
+    json_put_string(t, pair.value, strlen(pair.value));
 }
 
 #endif
