@@ -7,9 +7,10 @@
 //
 // A bool takes 0 or 1. A list takes one more item each time, and all words that are no flags, if
 // the table has one. @file reads more arguments from a file: separated by white space, '#' starts
-// a comment, "..." keeps spaces; it may stand anywhere and hold further @files. A later value
-// replaces an earlier one. What can not be parsed ends the program with exit code 2 and names the
-// flag, the text found, what was expected, and for an unknown flag the nearest one there is.
+// a comment, "..." keeps spaces and in it "" is one "; @file may stand anywhere and hold further
+// @files. A later value replaces an earlier one. What can not be parsed ends the program with exit
+// code 2 and names the flag, the text found, what was expected, and for an unknown flag the nearest
+// one there is.
 #ifndef LLMC_ARGS_H
 #define LLMC_ARGS_H
 
@@ -23,8 +24,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "die.h"  // die, EXIT_USAGE
-#include "io.h"   // io_read_file
+#include "llmc/die.h"  // die, EXIT_USAGE
+#include "llmc/io.h"   // io_read_file
 
 typedef enum { ARG_BOOL, ARG_INT, ARG_INT64, ARG_DOUBLE, ARG_STRING, ARG_LIST } ArgType;
 
@@ -44,7 +45,7 @@ typedef struct {
 } Arg;
 
 static const char *const args_type_name[] = {"0|1", "integer", "integer", "number", "text",
-                                             "text, again and again"};
+                                             "text..."};
 
 static inline Arg *args_find(Arg *table, int count, const char *name) {
     for (int i = 0; i < count; i++)
@@ -61,7 +62,7 @@ static inline Arg *args_find_list(Arg *table, int count) {
 
 // Levenshtein distance; names longer than 63 characters are compared by their first 63.
 static inline int args_distance(const char *a, const char *b) {
-    int row[64], n = (int)strnlen(b, 63);
+    int row[64], n = strlen(b) < 63 ? (int)strlen(b) : 63;
     for (int j = 0; j <= n; j++) row[j] = j;
     for (int i = 1; a[i - 1] && i < 64; i++) {
         int diagonal = row[0];
@@ -150,48 +151,79 @@ static inline void args_help(FILE *out, const char *usage, const Arg *table, int
     fprintf(out, "\n  @file reads flags from a file; --help prints this and exits.\n");
 }
 
-// Every flag with the value in force, as a file that @file reads back: what the user set comes
-// first on the echo, the rest is the defaults'.
+// One flag, as a line that @file reads back.
+static inline void args_echo_line(FILE *out, const char *name, const char *text) {
+    bool quote = !*text || strpbrk(text, " \t\r\n\v\f\"#");
+    fprintf(out, quote ? "--%s \"" : "--%s ", name);
+    for (const char *p = text; *p; p++) fprintf(out, *p == '"' ? "\"\"" : "%c", *p);
+    fprintf(out, quote ? "\"\n" : "\n");
+}
+
+// The flags with the value in force, as a file that @file reads back: those the user gave, or all.
 static inline void args_echo(FILE *out, const Arg *table, int count, bool all) {
     for (int i = 0; i < count; i++) {
         char buffer[64];
-        bool is_list = table[i].type == ARG_LIST;
-        const ArgList *list = is_list ? (const ArgList *)table[i].value : NULL;
-        for (int k = 0; k < (is_list ? list->count : all || table[i].given); k++) {
-            const char *text = is_list ? list->item[k] : args_text(&table[i], buffer, sizeof buffer);
-            bool quote = strpbrk(text, " \t#\"") || !*text;
-            fprintf(out, quote ? "--%s \"%s\"\n" : "--%s %s\n", table[i].name, text);
-        }
+        const ArgList *list = table[i].type == ARG_LIST ? (const ArgList *)table[i].value : NULL;
+        if (!list && (all || table[i].given)) args_echo_line(out, table[i].name, args_text(&table[i], buffer, sizeof buffer));
+        for (int k = 0; list && k < list->count; k++) args_echo_line(out, table[i].name, list->item[k]);
     }
 }
 
-static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n, int nesting);
+// The text of every @file read. It stays, since string flags point into it, until args_free.
+enum { ARGS_MAX_FILES = 64 };
+static char *args_files[ARGS_MAX_FILES];
+static int args_file_count;
 
-// Splits the content of a file into arguments, in place. The memory stays: string flags point at it.
-static inline void args_parse_file(Arg *table, int count, const char *usage, const char *path, int nesting) {
+static inline void args_free(void) {
+    while (args_file_count) free(args_files[--args_file_count]);
+}
+
+// Cuts one word off a file's text, in place; *end is where the next one may start. NULL: the quotes
+// do not close.
+static inline char *args_word(char *word, char **end) {
+    if (*word != '"') {
+        *end = word + strcspn(word, " \t\r\n\v\f");
+        if (**end) *(*end)++ = 0;
+        return word;
+    }
+    char *out = word, *in = word + 1;
+    for (; *in && (*in != '"' || in[1] == '"'); in++) {
+        in += *in == '"';
+        *out++ = *in;
+    }
+    if (!*in) return NULL;
+    *end = in + 1;
+    *out = 0;
+    return word;
+}
+
+static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n);
+
+// Splits the text of a file into arguments, in place, and reads those.
+static inline void args_parse_file(Arg *table, int count, const char *usage, const char *path) {
     char *text;
     size_t size;
-    if (nesting > 8) die(EXIT_USAGE, "@%s: files of flags nested more than 8 deep", path);
+    if (args_file_count == ARGS_MAX_FILES)
+        die(EXIT_USAGE, "@%s: found more than %d files of flags; does one of them name itself?", path, ARGS_MAX_FILES);
     if (io_read_file(path, &text, &size)) die(EXIT_USAGE, "@%s: %s", path, io_error);
+    args_files[args_file_count++] = text;
+    if (strlen(text) != size) die(EXIT_USAGE, "@%s: found a zero byte at %zu, expected text", path, strlen(text));
     char **list = (char **)die_alloc(size / 2 + 2, sizeof *list, "flags from a file");
     int n = 0;
     for (char *p = text; *p;) {
         if (isspace((unsigned char)*p)) { p++; continue; }
         if (*p == '#') { p += strcspn(p, "\n"); continue; }
-        bool quoted = *p == '"';
-        list[n++] = p += quoted;
-        p += strcspn(p, quoted ? "\"" : " \t\r\n");
-        if (quoted && !*p) die(EXIT_USAGE, "@%s: found a \" that is never closed", path);
-        if (*p) *p++ = 0;
+        list[n] = args_word(p, &p);
+        if (!list[n++]) die(EXIT_USAGE, "@%s: found a \" that is never closed", path);
     }
-    args_parse_list(table, count, usage, list, n, nesting + 1);
+    args_parse_list(table, count, usage, list, n);
     free(list);
 }
 
-static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n, int nesting) {
+static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n) {
     for (int i = 0; i < n; i++) {
         if (list[i][0] == '@') {
-            args_parse_file(table, count, usage, list[i] + 1, nesting);
+            args_parse_file(table, count, usage, list[i] + 1);
             continue;
         }
         if (!strcmp(list[i], "--help") || !strcmp(list[i], "-h")) {
@@ -222,7 +254,7 @@ static inline void args_parse(Arg *table, int count, const char *usage, int argc
         if (table[i].type != ARG_LIST) args_set(&table[i], table[i].fallback);
         table[i].given = false;
     }
-    args_parse_list(table, count, usage, argv + 1, argc - 1, 0);
+    args_parse_list(table, count, usage, argv + 1, argc - 1);
 }
 
 #endif

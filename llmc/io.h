@@ -190,15 +190,17 @@ static inline bool io_is_dir(const char *path) {
 // Makes the folder and those above it. One that is there already is no error.
 static inline int io_make_dir(const char *path) {
     char part[IO_PATH_MAX];
-    if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part) {
-        errno = ENAMETOOLONG;
+    int length = snprintf(part, sizeof part, "%s", path);
+    if (length == 0 || length >= (int)sizeof part) {
+        errno = length ? ENAMETOOLONG : ENOENT;
         return io_fail("make the folder", path);
     }
     for (char *p = part + 1;; p++) {
         if (*p && *p != '/') continue;
         char end = *p;
         *p = 0;
-        if (!io_is_dir(part) && IO_CALL(mkdir(part, 0777)) && errno != EEXIST) return io_fail("make the folder", part);
+        if (!io_is_dir(part) && IO_CALL(mkdir(part, 0777)) && (errno != EEXIST || !io_is_dir(part)))
+            return io_fail("make the folder", part);
         *p = end;
         if (!end) return 0;
     }
@@ -239,7 +241,7 @@ static inline int io_list_dir(const char *path, char ***names) {
     DIR *dir = opendir(path);
     if (!dir) return io_fail("list", path);
     int count = 0, room = 0;
-    for (struct dirent *e; (e = readdir(dir));) {
+    for (struct dirent *e; (e = readdir(dir)) != NULL;) {
         if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
         if (count == room) *names = (char **)realloc(*names, sizeof **names * (size_t)(room = room ? 2 * room : 16));
         (*names)[count++] = strdup(e->d_name);
@@ -283,7 +285,8 @@ static inline int io_read_file(const char *path, char **data, size_t *count) {
 }
 
 // Replaces the content of a file at once: writes path.tmp, syncs it, renames it, syncs the folder.
-// On an error the old content stands and path.tmp is gone.
+// On an error path.tmp is gone and the old content stands; only where syncing the folder is what
+// failed, the new one is in place already but may not outlive a power cut.
 static inline int io_write_file(const char *path, const void *data, size_t count) {
     char beside[IO_PATH_MAX];
     if (snprintf(beside, sizeof beside, "%s.tmp", path) >= (int)sizeof beside) {

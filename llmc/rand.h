@@ -12,7 +12,7 @@
 //     RAND_PARAMETER   tensor's table index row-major index in the tensor
 //     RAND_SHUFFLE     epoch                step of the Fisher-Yates shuffle
 //     RAND_SAMPLE      number of the sample position of the token
-//     RAND_SKETCH      0                    index in the tensor (safetensors.h)
+//     RAND_SKETCH      0                    index in the tensor (sketch.h)
 //     RAND_SPLIT       0                    number of the document (dev/data/tokenize.c)
 //
 // uniform in [0, 1):  (word >> 8) * 2^-24
@@ -29,10 +29,9 @@ enum { RAND_PARAMETER = 0, RAND_SHUFFLE = 1, RAND_SAMPLE = 2, RAND_SKETCH = 3, R
 
 typedef struct { uint32_t seed, stream, purpose; } RandKey;
 
-// The four words that belong to elements 4*block .. 4*block+3.
-static inline void rand_words(uint32_t out[4], RandKey key, uint64_t block) {
-    uint32_t k0 = key.seed, k1 = key.stream;
-    uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = key.purpose, c3 = 0;
+// The function of the paper: ten rounds over the counter c with the key k.
+static inline void rand_philox(uint32_t out[4], uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                               uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
         uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
@@ -41,6 +40,11 @@ static inline void rand_words(uint32_t out[4], RandKey key, uint64_t block) {
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+// The four words that belong to elements 4*block .. 4*block+3.
+static inline void rand_words(uint32_t out[4], RandKey key, uint64_t block) {
+    rand_philox(out, (uint32_t)block, (uint32_t)(block >> 32), key.purpose, 0, key.seed, key.stream);
 }
 
 static inline uint32_t rand_u32(RandKey key, uint64_t element) {
