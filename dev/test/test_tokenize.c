@@ -198,14 +198,16 @@ TEST(lines_longer_than_a_block_are_whole) {
     CHECK(list.ids[0] == 256 && list.ids[n - 10] == 'x' && list.ids[n - 9] == 256 &&
           list.ids[n - 8] == 'y');
     free(list.ids);
-    for (size_t i = 0; i < n; i += 1000)
-        text[i] = '\n';  // 3 MB of lines, a separator in the middle
-    memcpy(text + 1500000, "\n--\n", 4);
+    // 3 MB of lines; the newlines before two separators begin one block and end another.
+    for (size_t i = 0; i < n; i += 1000) text[i] = '\n';
+    memcpy(text + (1 << 20), "\n--\n", 4);
+    memcpy(text + (1 << 21) - 1, "\n--\n", 4);
     put("b.txt", text, n);
     CHECK_INT(tokenize("--split-on -- %s", in_dir("b.txt")), 0);
     list = shard("out_train_000000.bin");
-    CHECK_INT(list.count, n - 3 + 2);
-    CHECK_INT(list.ids[1500002], 256);
+    CHECK_INT(list.count, n - 2 * 3 + 3);
+    CHECK_INT(list.ids[(1 << 20) + 2], 256);
+    CHECK_INT(list.ids[(1 << 21) - 1], 256);
     free(list.ids), free(text);
 }
 
