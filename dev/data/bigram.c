@@ -196,5 +196,6 @@ int main(int argc, char **argv) {
     bigram_free(&b);
     loader_val_free(&val);
     if (has_tokenizer) tokenizer_free(&t);
+    args_free();
     return EXIT_OK;
 }

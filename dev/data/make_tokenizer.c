@@ -143,5 +143,6 @@ int main(int argc, char **argv) {
     check_merges(merges);
     write_tokenizer(out);
     free(tokens);
+    args_free();
     return EXIT_OK;
 }

@@ -422,5 +422,6 @@ int main(int argc, char **argv) {
     for (int i = 0; i < files.count; i++) free((char *)files.item[i]);
     free(files.item), free(job.config.in.item), free(job.batch);
     tokenizer_free(&job.tokenizer);
+    args_free();
     return EXIT_OK;
 }
