@@ -192,11 +192,12 @@ TEST(remove_takes_all) {
     CHECK_INT(io_make_dir(in_dir("a/b")), 0);
     CHECK_INT(io_write_file(in_dir("a/b/c"), "x", 1), 0);
     CHECK_INT(io_write_file(in_dir("a/d"), "x", 1), 0);
-    CHECK_INT(io_write_file(in_dir("kept"), "x", 1), 0);
+    CHECK_INT(io_make_dir(in_dir("kept")), 0);
+    CHECK_INT(io_write_file(in_dir("kept/file"), "x", 1), 0);
     CHECK_INT(symlink(in_dir("kept"), in_dir("a/link")), 0);
     CHECK_INT(io_remove(in_dir("a")), 0);
     CHECK(!io_exists(in_dir("a")));
-    CHECK_STR(content(in_dir("kept")), "x");  // the link is removed, not what it points at
+    CHECK_STR(content(in_dir("kept/file")), "x");  // the link is removed, not what it points at
     CHECK_INT(io_remove(in_dir("kept")), 0);
     CHECK_INT(io_remove(in_dir("kept")), 0);
     CHECK(!io_exists(in_dir("kept")));
