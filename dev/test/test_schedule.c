@@ -104,6 +104,8 @@ TEST(steps_come_from_steps_tokens_or_ratio) {
     CHECK_INT(plan(&f, 1).steps, 150795);  // 1235320320 / 8192 = 150795.9
     f.ratio = 0.5;                         // 61766016 / 8192 = 7539.8
     CHECK_INT(plan(&f, 1).steps, 7539);
+    f.ratio = (3 * 8192 - 0.5) / 123532032;  // half a token short of three batches
+    CHECK_INT(plan(&f, 1).steps, 2);
     f.tokens = 8192 * 5 + 8191;
     CHECK_INT(plan(&f, 1).steps, 5);
     f.steps = 3;
