@@ -101,6 +101,9 @@ def fixtures():
                 "--micro-batch 3 --warmup 2 --window-pattern LSS --window-short 17 --seed 71"),
         Fixture("ragged_docs", "--depth 5 --channels 48 --heads 3 --vocab 290 --bos 0 --seq-len 97 --doc-mask 1 "
                 "--window-short 40 --batch-tokens 291 --micro-batch 1 --warmup 40 --seed 31", acting=ACTING_WARMUP),
+        # With D = 2 many a head's q or k is nearly 0, so that the epsilon of N shows.
+        Fixture("heads_of_two", "--depth 2 --channels 48 --heads 24 --vocab 140 --seq-len 64 --doc-mask 1 "
+                "--batch-tokens 256 --micro-batch 2 --warmup 2 --seed 101"),
     ]
 
 

@@ -205,11 +205,9 @@ def smear(config, p, x, idx):
     """Each token takes a gated part of the one before it; not the first of a row or document."""
     before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
     gate = torch.sigmoid(x[..., :24] @ p["smear_gate"])  # (B, T)
-    takes = torch.ones_like(idx, dtype=torch.bool)
-    takes[:, 0] = False
     if config.doc_mask:
-        takes &= idx != config.bos
-    return x + p["smear_lambda"] * (gate * takes)[..., None] * before
+        gate = gate * (idx != config.bos)
+    return x + p["smear_lambda"] * gate[..., None] * before
 
 
 def forward(config, p, idx):
