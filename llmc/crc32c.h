@@ -38,8 +38,8 @@ static inline uint32_t crc32c_tables(uint32_t crc, const void *data, size_t n) {
         memcpy(&word, p, 8);
         word ^= crc;
         crc = table[7][word & 255] ^ table[6][word >> 8 & 255] ^ table[5][word >> 16 & 255] ^
-              table[4][word >> 24 & 255] ^ table[3][word >> 32 & 255] ^
-              table[2][word >> 40 & 255] ^ table[1][word >> 48 & 255] ^ table[0][word >> 56];
+              table[4][word >> 24 & 255] ^ table[3][word >> 32 & 255] ^ table[2][word >> 40 & 255] ^
+              table[1][word >> 48 & 255] ^ table[0][word >> 56];
     }
     for (; n; n--) crc = crc >> 8 ^ table[0][(crc ^ *p++) & 255];
     return ~crc;

@@ -105,8 +105,10 @@ static inline int json_hex4(Json *j) {
     if (j->size - j->at < 4) return -1;
     for (int i = 0; i < 4; i++) {
         char c = j->text[j->at + (size_t)i];
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                  : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int digit = c >= '0' && c <= '9'   ? c - '0'
+                    : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                    : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                           : -1;
         if (digit < 0) return -1;
         value = 16 * value + digit;
     }
@@ -266,12 +268,18 @@ static inline bool json_skip_key(Json *j) {
 
 static inline bool json_skip_scalar(Json *j) {
     switch (json_peek(j)) {
-        case '"': return json_string(j, NULL, 0, NULL);
-        case 't': return json_word(j, "true");
-        case 'f': return json_word(j, "false");
-        case 'n': return json_word(j, "null");
-        case 0: return json_fail(j, j->at, "expected a value, found the end of the text");
-        default: return json_scan_number(j);
+    case '"':
+        return json_string(j, NULL, 0, NULL);
+    case 't':
+        return json_word(j, "true");
+    case 'f':
+        return json_word(j, "false");
+    case 'n':
+        return json_word(j, "null");
+    case 0:
+        return json_fail(j, j->at, "expected a value, found the end of the text");
+    default:
+        return json_scan_number(j);
     }
 }
 
@@ -305,11 +313,13 @@ static inline bool json_skip(Json *j) {
 // Writing: text that grows as it is appended to. The caller frees it with json_text_free.
 
 typedef struct {
-    char *text;         // NUL-terminated
+    char *text;  // NUL-terminated
     size_t size, room;
 } JsonText;
 
-typedef struct { const char *key, *value; } JsonPair;
+typedef struct {
+    const char *key, *value;
+} JsonPair;
 
 static inline void json_text_reserve(JsonText *t, size_t more) {
     if (t->size + more < t->room) return;
@@ -326,8 +336,8 @@ static inline void json_text_free(JsonText *t) {
 }
 
 // Appends what printf would print: the brackets, commas and numbers, which need no escapes.
-__attribute__((format(printf, 2, 3)))
-static inline void json_put(JsonText *t, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static inline void json_put(JsonText *t, const char *format,
+                                                                  ...) {
     va_list args, again;
     va_start(args, format);
     va_copy(again, args);
@@ -344,10 +354,14 @@ static inline void json_put_string(JsonText *t, const char *s, size_t n) {
     json_put(t, "\"");
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)s[i];
-        if (c == '"' || c == '\\') json_put(t, "\\%c", c);
-        else if (c == '\n') json_put(t, "\\n");
-        else if (c < 0x20) json_put(t, "\\u%04x", c);
-        else json_text_reserve(t, 1), t->text[t->size++] = (char)c, t->text[t->size] = 0;
+        if (c == '"' || c == '\\')
+            json_put(t, "\\%c", c);
+        else if (c == '\n')
+            json_put(t, "\\n");
+        else if (c < 0x20)
+            json_put(t, "\\u%04x", c);
+        else
+            json_text_reserve(t, 1), t->text[t->size++] = (char)c, t->text[t->size] = 0;
     }
     json_put(t, "\"");
 }

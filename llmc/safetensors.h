@@ -34,18 +34,30 @@
 #endif
 
 typedef enum {
-    ST_BOOL, ST_U8, ST_I8, ST_U16, ST_I16, ST_F16, ST_BF16, ST_U32, ST_I32, ST_F32, ST_U64, ST_I64,
-    ST_F64, ST_DTYPES
+    ST_BOOL,
+    ST_U8,
+    ST_I8,
+    ST_U16,
+    ST_I16,
+    ST_F16,
+    ST_BF16,
+    ST_U32,
+    ST_I32,
+    ST_F32,
+    ST_U64,
+    ST_I64,
+    ST_F64,
+    ST_DTYPES
 } StDtype;
 
 static const char *const st_dtype_name[ST_DTYPES] = {
     "BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64"};
 static const unsigned char st_dtype_size[ST_DTYPES] = {1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
 
-#define ST_NAME_MAX 64          // with its NUL
-#define ST_DIMS_MAX 4
+#define ST_NAME_MAX   64  // with its NUL
+#define ST_DIMS_MAX   4
 #define ST_HEADER_MAX 16777216  // bytes: some 100,000 tensors
-#define ST_PIECE 1048576        // bytes read at a time, so that they are still in cache for the CRC
+#define ST_PIECE      1048576   // bytes read at a time, so that they are still in cache for the CRC
 
 typedef struct {
     char name[ST_NAME_MAX];
@@ -55,21 +67,21 @@ typedef struct {
     uint64_t begin, end;  // bytes in the data part; st_write and st_open set them
     uint32_t crc;         // of those bytes; only in a sealed file
     bool has_crc;
-    const void *data;     // st_write: the elements; st_open: NULL
+    const void *data;  // st_write: the elements; st_open: NULL
 } StTensor;
 
 typedef struct {
     IoFile file;
-    char *header;              // (header_size), not NUL-terminated
+    char *header;  // (header_size), not NUL-terminated
     size_t header_size;
-    uint64_t data_at;          // offset of the data part in the file
+    uint64_t data_at;  // offset of the data part in the file
     uint64_t data_size;
     StTensor *tensors;         // (count), in the header's order
     const StTensor **by_name;  // (count), sorted
     int count;
     bool has_metadata;
-    Json metadata;             // in front of the value of __metadata__
-    bool sealed;               // header and tensors have checksums, and the header's is right
+    Json metadata;  // in front of the value of __metadata__
+    bool sealed;    // header and tensors have checksums, and the header's is right
     uint32_t header_crc;
 } StFile;
 
@@ -184,8 +196,8 @@ static inline int st_write(const char *path, StTensor *tensors, int n, const Jso
 // ---------------------------------------------------------------------------------------------
 // Reading: the header.
 
-__attribute__((format(printf, 2, 3)))
-static inline int st_fail(const StFile *f, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static inline int st_fail(const StFile *f, const char *format,
+                                                                ...) {
     size_t n = (size_t)snprintf(io_error, sizeof io_error, "%s: ", f->file.path);
     va_list args;
     va_start(args, format);
@@ -297,11 +309,15 @@ static inline int st_check_layout(StFile *f) {
                            st_shape_text(t, shape, sizeof shape));
         }
         if (begin != at)
-            return st_fail(f, "tensor %s: its data begin at %llu, expected %llu, the end of the "
-                           "tensor before", t->name, begin, (unsigned long long)at);
+            return st_fail(f,
+                           "tensor %s: its data begin at %llu, expected %llu, the end of the "
+                           "tensor before",
+                           t->name, begin, (unsigned long long)at);
         if (end > data_size)
-            return st_fail(f, "tensor %s: its data end at %llu, the file holds %llu bytes of data; "
-                           "it is cut short", t->name, end, data_size);
+            return st_fail(f,
+                           "tensor %s: its data end at %llu, the file holds %llu bytes of data; "
+                           "it is cut short",
+                           t->name, end, data_size);
     }
     if (at != f->data_size)
         return st_fail(f, "found %llu bytes of data, expected %llu; the end is too much",
@@ -319,8 +335,10 @@ static inline const StTensor *st_find(const StFile *f, const char *name) {
     while (low < high) {
         int middle = low + (high - low) / 2, order = strcmp(name, f->by_name[middle]->name);
         if (order == 0) return f->by_name[middle];
-        if (order < 0) high = middle;
-        else low = middle + 1;
+        if (order < 0)
+            high = middle;
+        else
+            low = middle + 1;
     }
     return NULL;
 }
@@ -374,7 +392,7 @@ static inline int st_parse_seal(StFile *f) {
     if (!f->has_metadata) return 0;
     for (json_enter(&j, '{'); st_metadata_next(&j, key);) {
         bool header = !strcmp(key, "header_crc32c");
-        if (!header && strncmp(key, "crc32c.", 7)) {
+        if (!header && strstr(key, "crc32c.") != key) {
             json_string(&j, NULL, 0, NULL);
             continue;
         }
@@ -412,8 +430,10 @@ static inline int st_read_header(StFile *f) {
         return st_fail(f, "found %lld bytes, too few for a safetensors file", (long long)size);
     if (io_read_at(&f->file, &header, 8, 0)) return -1;
     if (header > ST_HEADER_MAX || header > (uint64_t)size - 8)
-        return st_fail(f, "found a header of %llu bytes in %lld; the file is damaged, cut short "
-                       "or no safetensors file", (unsigned long long)header, (long long)size);
+        return st_fail(f,
+                       "found a header of %llu bytes in %lld; the file is damaged, cut short "
+                       "or no safetensors file",
+                       (unsigned long long)header, (long long)size);
     f->header_size = (size_t)header;
     f->data_at = 8 + header, f->data_size = (uint64_t)size - f->data_at;
     f->header = (char *)die_alloc(f->header_size, 1, "a safetensors header");

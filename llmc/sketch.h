@@ -25,14 +25,19 @@
 #include "llmc/rand.h"  // rand_words
 
 enum {
-    SKETCH_NORM = 0, SKETCH_SUM = 1, SKETCH_NONZERO = 2, SKETCH_PROJECTION = 3,
+    SKETCH_NORM = 0,
+    SKETCH_SUM = 1,
+    SKETCH_NONZERO = 2,
+    SKETCH_PROJECTION = 3,
     SKETCH_SIZE = 67,
     SKETCH_BLOCK = 128,    // elements whose sign words are made at once
     SKETCH_CHUNK = 32768,  // elements one thread sums up
     SKETCH_ROUND = 64,     // chunks between two additions to the result
 };
 
-typedef struct { double sign[256][8]; } SketchSigns;  // sign[b][i]: +1 if bit i of b is set, or -1
+typedef struct {
+    double sign[256][8];
+} SketchSigns;  // sign[b][i]: +1 if bit i of b is set, or -1
 
 // words[i] = word64(start + i) for i in 0..SKETCH_BLOCK; start is even.
 static inline void sketch_words(uint64_t words[SKETCH_BLOCK], uint64_t start) {
@@ -49,8 +54,8 @@ static inline void sketch_words(uint64_t words[SKETCH_BLOCK], uint64_t start) {
 // low (half 0) or high (half 1) half of the words. 32 sums stay in vector registers, 64 do not; nor
 // do they when a memcpy takes their address. AMD EPYC (AVX2), one thread, gcc 12 -O3 -march=native:
 // 12 ns an element for all 64, of which 5 make the words; 24 ns with memcpy under OpenMP.
-static inline void sketch_half(double projection[32], const float *x, int n,
-                               const uint64_t *words, int half, const SketchSigns *signs) {
+static inline void sketch_half(double projection[32], const float *x, int n, const uint64_t *words,
+                               int half, const SketchSigns *signs) {
     double sum[32];
     for (int k = 0; k < 32; k++) sum[k] = projection[k];
     for (int i = 0; i < n; i++) {
@@ -63,8 +68,8 @@ static inline void sketch_half(double projection[32], const float *x, int n,
 }
 
 // The sums over x[0..n), which are the elements start.. of the tensor; the norm is left squared.
-static inline void sketch_chunk(double out[SKETCH_SIZE], const float *x, size_t n,
-                                uint64_t start, const SketchSigns *signs) {
+static inline void sketch_chunk(double out[SKETCH_SIZE], const float *x, size_t n, uint64_t start,
+                                const SketchSigns *signs) {
     uint64_t words[SKETCH_BLOCK];
     memset(out, 0, SKETCH_SIZE * sizeof *out);
     for (size_t i = 0; i < n; i += SKETCH_BLOCK) {

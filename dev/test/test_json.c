@@ -33,7 +33,8 @@ TEST(walks_an_object) {
             CHECK(json_u64(&j, &number));
             CHECK_INT(number, 1);
         } else if (!strcmp(key, "b")) {
-            for (json_enter(&j, '['); json_more(&j, ']');) CHECK(json_u64(&j, &number)), sum += number;
+            for (json_enter(&j, '['); json_more(&j, ']');)
+                CHECK(json_u64(&j, &number)), sum += number;
         } else if (!strcmp(key, "e")) {
             CHECK(json_string(&j, text, sizeof text, NULL));
             CHECK_STR(text, "x");
@@ -47,18 +48,78 @@ TEST(walks_an_object) {
 }
 
 TEST(accepts_json) {
-    const char *texts[] = {"null", "true", "false", "0", "-0", "1.5e+3", "\"\"", "[]", "{}", " [ ] ", "[[],[[]],{}]",
-                           "{\"a\":{\"b\":[1,{\"c\":null}]},\"d\":2}", "[\"\\ud83d\\ude00\"]", "[1,\n2,\t3\r]"};
+    const char *texts[] = {"null",
+                           "true",
+                           "false",
+                           "0",
+                           "-0",
+                           "1.5e+3",
+                           "\"\"",
+                           "[]",
+                           "{}",
+                           " [ ] ",
+                           "[[],[[]],{}]",
+                           "{\"a\":{\"b\":[1,{\"c\":null}]},\"d\":2}",
+                           "[\"\\ud83d\\ude00\"]",
+                           "[1,\n2,\t3\r]"};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
         test_check(is_json(texts[i]), __FILE__, __LINE__, "refused: %s", texts[i]);
 }
 
 TEST(refuses_what_is_not_json) {
-    const char *texts[] = {"", " ", "nul", "nulll", "True", "01", "-", "+1", ".5", "1.", "1e", "1e+", "0x1", "NaN", "Infinity",
-                           "'a'", "\"", "\"a", "\"\\", "\"\\u12\"", "\"\\u123g\"", "\"\\x\"", "\"\\ud800\"", "\"\\ud800\\u0041\"",
-                           "\"\\udc00\"", "\"a\nb\"", "[", "[1", "[1,", "[1,]", "[,1]", "[1 2]", "[1}", "{", "{\"a\"", "{\"a\":",
-                           "{\"a\":1", "{\"a\":1,", "{\"a\":1,}", "{\"a\" 1}", "{a:1}", "{1:2}", "{\"a\":1]", "1 2", "[] []",
-                           "// c\n1", "[1]x", "{\"a\":}", "]", "}", "[[]", "[[]}", "{\"a\":[}"};
+    const char *texts[] = {"",
+                           " ",
+                           "nul",
+                           "nulll",
+                           "True",
+                           "01",
+                           "-",
+                           "+1",
+                           ".5",
+                           "1.",
+                           "1e",
+                           "1e+",
+                           "0x1",
+                           "NaN",
+                           "Infinity",
+                           "'a'",
+                           "\"",
+                           "\"a",
+                           "\"\\",
+                           "\"\\u12\"",
+                           "\"\\u123g\"",
+                           "\"\\x\"",
+                           "\"\\ud800\"",
+                           "\"\\ud800\\u0041\"",
+                           "\"\\udc00\"",
+                           "\"a\nb\"",
+                           "[",
+                           "[1",
+                           "[1,",
+                           "[1,]",
+                           "[,1]",
+                           "[1 2]",
+                           "[1}",
+                           "{",
+                           "{\"a\"",
+                           "{\"a\":",
+                           "{\"a\":1",
+                           "{\"a\":1,",
+                           "{\"a\":1,}",
+                           "{\"a\" 1}",
+                           "{a:1}",
+                           "{1:2}",
+                           "{\"a\":1]",
+                           "1 2",
+                           "[] []",
+                           "// c\n1",
+                           "[1]x",
+                           "{\"a\":}",
+                           "]",
+                           "}",
+                           "[[]",
+                           "[[]}",
+                           "{\"a\":[}"};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
         test_check(!is_json(texts[i]), __FILE__, __LINE__, "accepted: %s", texts[i]);
 }
@@ -66,7 +127,8 @@ TEST(refuses_what_is_not_json) {
 TEST(decodes_strings) {
     CHECK_STR(string_of("\"plain\""), "plain");
     CHECK_STR(string_of("\"\\\"\\\\\\/\\b\\f\\n\\r\\t\""), "\"\\/\b\f\n\r\t");
-    CHECK_STR(string_of("\"\\u0041\\u00e9\\u20AC\\uD83D\\uDE00\""), "A\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80");
+    CHECK_STR(string_of("\"\\u0041\\u00e9\\u20AC\\uD83D\\uDE00\""),
+              "A\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80");
     CHECK_STR(string_of("\"\\uffff\\u07ff\\u0800\""), "\xef\xbf\xbf\xdf\xbf\xe0\xa0\x80");
     CHECK_STR(string_of("\"\\udbff\\udfff\""), "\xf4\x8f\xbf\xbf");
     CHECK_STR(string_of("\"caf\xc3\xa9 \xff\""), "caf\xc3\xa9 \xff");
@@ -104,7 +166,8 @@ TEST(length_of_a_long_string_is_known_before) {
 }
 
 TEST(reads_numbers) {
-    const char *texts[] = {"0", "-0.5", "12e2", "1.7976931348623157e308", "4.9e-324", "123456789012345678"};
+    const char *texts[] = {
+        "0", "-0.5", "12e2", "1.7976931348623157e308", "4.9e-324", "123456789012345678"};
     double values[] = {0, -0.5, 1200, 1.7976931348623157e308, 4.9e-324, 123456789012345678.0};
     for (int i = 0; i < 6; i++) {
         Json j = cursor(texts[i]);
@@ -124,7 +187,8 @@ TEST(reads_whole_numbers_up_to_2_64) {
     Json j = cursor("18446744073709551615");
     CHECK(json_u64(&j, &value));
     CHECK(value == UINT64_MAX);
-    const char *bad[] = {"18446744073709551616", "99999999999999999999999", "-1", "1.0", "1e2", "\"1\"", ""};
+    const char *bad[] = {
+        "18446744073709551616", "99999999999999999999999", "-1", "1.0", "1e2", "\"1\"", ""};
     for (int i = 0; i < 7; i++) {
         value = 5;
         j = cursor(bad[i]);
@@ -148,7 +212,8 @@ TEST(first_error_stays_with_its_offset) {
 TEST(nesting_is_bounded) {
     char text[400];
     for (int depth = 63; depth <= 65; depth++) {
-        memset(text, '[', (size_t)depth), memset(text + depth, ']', (size_t)depth), text[2 * depth] = 0;
+        memset(text, '[', (size_t)depth), memset(text + depth, ']', (size_t)depth),
+            text[2 * depth] = 0;
         test_check(is_json(text) == (depth <= 64), __FILE__, __LINE__, "depth %d", depth);
     }
     size_t n = 1 << 20;
@@ -162,7 +227,8 @@ TEST(nesting_is_bounded) {
 
 TEST(text_needs_no_nul_behind_it) {
     const char *text = "{\"key\": [true, -1.5e3, \"a\\u00e9\"]}";
-    for (size_t n = 0; n < strlen(text); n++) {  // each prefix in its own memory: a sanitizer sees a step too far
+    for (size_t n = 0; n < strlen(text);
+         n++) {  // each prefix in its own memory: a sanitizer sees a step too far
         char *copy = (char *)malloc(n ? n : 1);
         memcpy(copy, text, n);
         Json j;

@@ -39,9 +39,9 @@ static unsigned char odd[3] = {1, 2, 3};
 // Writes four tensors of different kinds and two strings.
 static int write_sample(void) {
     uint64_t two_three[] = {2, 3}, two[] = {2}, three[] = {3};
-    StTensor t[4] = {
-        st_tensor("wte", ST_F32, 2, two_three, wte), st_tensor("odd", ST_U8, 1, three, odd),
-        st_tensor("ids", ST_I64, 1, two, ids), st_tensor("scalar", ST_F64, 0, NULL, &scalar)};
+    StTensor t[4] = {st_tensor("wte", ST_F32, 2, two_three, wte),
+                     st_tensor("odd", ST_U8, 1, three, odd), st_tensor("ids", ST_I64, 1, two, ids),
+                     st_tensor("scalar", ST_F64, 0, NULL, &scalar)};
     JsonPair pairs[] = {{"flags", "--depth 1 \"quoted\" \\ caf\xc3\xa9"}, {"step", "12"}};
     return st_write(path, t, 4, pairs, 2);
 }
@@ -145,12 +145,16 @@ TEST(reads_a_file_of_the_python_library) {
     st_close(&f);
 }
 
-#define T(name, dtype, shape, offsets) \
+#define T(name, dtype, shape, offsets)                                                             \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" offsets "]}"
 #define META(key, value) "\"__metadata__\":{\"" key "\":\"" value "\"}"
 
 TEST(malformed_headers_are_refused) {
-    static const struct { const char *header; size_t data; const char *message; } bad[] = {
+    static const struct {
+        const char *header;
+        size_t data;
+        const char *message;
+    } bad[] = {
         {"{" T("a", "F32", "2", "0,8"), 8, "byte 53 of the header: expected , or }"},
         {"[]", 0, "byte 0 of the header: expected {"},
         {"{" T("a", "F32", "2", "0,8") "} x", 8, "expected the end"},
@@ -162,17 +166,21 @@ TEST(malformed_headers_are_refused) {
         {"{" T("a", "F32", "2", "4,12") "}", 12, "tensor a: its data begin at 4, expected 0"},
         {"{" T("a", "F32", "4294967296,4294967296", "0,0") "}", 0, "tensor a: found data_offsets"},
         {"{" T("a", "F64", "2305843009213693952", "0,0") "}", 0, "tensor a: found data_offsets"},
-        {"{" T("a", "F32", "-1", "0,0") "}", 0, "a: byte 29 of the header: expected a whole number"},
+        {"{" T("a", "F32", "-1", "0,0") "}", 0,
+         "a: byte 29 of the header: expected a whole number"},
         {"{" T("a", "F32", "1,1,1,1,1", "0,4") "}", 4, "more than 4 dimensions"},
         {"{" T("a", "F32", "1", "0,4,5") "}", 4, "more than 2 data_offsets"},
         {"{" T("a", "F32", "1", "0") "}", 4, "expected one dtype, one shape and two data_offsets"},
         {"{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "expected one dtype"},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[],\"shape\":[1],\"data_offsets\":[0,4]}}", 4,
          "expected one dtype"},
-        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"size\":4,\"data_offsets\":[0,4]}}", 4, "not known"},
+        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"size\":4,\"data_offsets\":[0,4]}}", 4,
+         "not known"},
         {"{" T("a", "U8", "1", "0,1") "," T("a", "U8", "1", "1,2") "}", 2, "tensor a: found twice"},
-        {"{" T("a", "U8", "2", "0,2") "," T("b", "U8", "1", "1,2") "}", 2, "b: its data begin at 1"},
-        {"{" T("a", "U8", "2", "0,2") "," T("b", "U8", "1", "3,4") "}", 4, "b: its data begin at 3"},
+        {"{" T("a", "U8", "2", "0,2") "," T("b", "U8", "1", "1,2") "}", 2,
+         "b: its data begin at 1"},
+        {"{" T("a", "U8", "2", "0,2") "," T("b", "U8", "1", "3,4") "}", 4,
+         "b: its data begin at 3"},
         {"{" T("a\\u0001", "U8", "0", "0,0") "}", 0, "control character"},
         {"{\"__metadata__\":{\"x\":1}}", 0, "__metadata__: byte"},
         {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "__metadata__ twice"},
