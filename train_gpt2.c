@@ -18,6 +18,7 @@
 // a run do not depend on their number.
 //
 // Leaves out: dropout, biases, learned norms, a key-value cache (a sample recomputes its row).
+#include <assert.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -27,7 +28,8 @@
 #include <time.h>
 
 #include "llmc/checkpoint.h"  // ckpt_save, ckpt_find, ckpt_load, ckpt_prune
-#include "llmc/dataloader.h"  // loader_init, loader_next, loader_state, loader_restore
+#include "llmc/dataloader.h"  // loader_init, loader_next, loader_val_next, loader_state
+#include "llmc/describe.h"    // describe_model, describe_table, describe_plan
 #include "llmc/die.h"         // die, die_alloc, warn
 #include "llmc/flags.h"       // Flags, flags_parse
 #include "llmc/logger.h"      // log_open, log_row, log_progress
@@ -44,11 +46,16 @@
 // n is the number of tokens of a micro-batch, B*T; a "row" is one sequence of T of them.
 
 // sum_i a_i b_i, in double.
-static double dot(const float *a, const float *b, int n) {
+static inline double dot(const float *a, const float *b, int n) {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) sum += (double)a[i] * b[i];
     return sum;
+}
+
+// y += a x
+static inline void axpy(float *restrict y, float a, const float *restrict x, int n) {
+    for (int i = 0; i < n; i++) y[i] += a * x[i];
 }
 
 // e^x in double for |x| <= 700, to 1e-15: 2^k e^r with |r| <= ln(2)/2. Branchless, so that loops over
@@ -365,10 +372,7 @@ static void attention_forward(float *o,              // (B, T, C)
                 lse[at * H + h] = (float)(largest + log(sum));
                 float *oi = o + at * C + h * D;
                 memset(oi, 0, sizeof *oi * (size_t)D);
-                for (int j = 0; j < count; j++) {
-                    float weight = (float)(p[j] / sum);
-                    for (int d = 0; d < D; d++) oi[d] += weight * v[j * row + d];
-                }
+                for (int j = 0; j < count; j++) axpy(oi, (float)(p[j] / sum), v + j * row, D);
             }
         free(p);
     }
@@ -401,11 +405,9 @@ static void attention_backward(float *dqkv,           // (B, T, 3C)
                 attention_weights(p, q, k, scale, lse[at * H + h], count, row, D);
                 for (int j = 0; j < count; j++) {
                     float ds = (float)(p[j] * (dot(doi, v + j * row, D) - delta) * scale);
-                    for (int d = 0; d < D; d++) {
-                        dv[j * row + d] += p[j] * doi[d];
-                        dq[d] += ds * k[j * row + d];
-                        dk[j * row + d] += ds * q[d];
-                    }
+                    axpy(dv + j * row, p[j], doi, D);
+                    axpy(dq, ds, k + j * row, D);
+                    axpy(dk + j * row, ds, q, D);
                 }
             }
         free(p);
@@ -906,3 +908,352 @@ static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it,
     }
     free(memory);
 }
+
+// =============================================================================================
+// The run: what the program holds besides the model.
+
+typedef struct {
+    Arg table[FLAGS_COUNT];
+    Flags flags;
+    Tokenizer tokenizer;
+    bool has_tokenizer;
+    Config cfg;
+    Plan plan;
+    Model model;
+    Loader loader;          // of --train
+    LoaderVal val;          // of --val, when it is given
+    Logger log;             // of --out, when it is given
+    int *inputs, *targets;  // (B, T) each
+    int64_t step;           // updates done
+    int64_t tokens;         // tokens trained on in them
+    char *flags_text;       // the flags that were given, on one line
+} Run;
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Everything that flags decide, before memory is taken or data opened.
+static void run_configure(Run *r, int argc, char **argv) {
+    memset(r, 0, sizeof *r);
+    flags_parse(&r->flags, r->table, argc, argv);
+    const Flags *f = &r->flags;
+    flags_choice("packing", f->packing, "bestfit stream");
+    flags_choice("tails", f->tails, "keep drop");
+    flags_choice("init", f->init, "default test");
+    r->flags_text = args_line(r->table, FLAGS_COUNT);
+    r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
+    if (r->has_tokenizer) tokenizer_init(&r->tokenizer, f->tokenizer);
+    r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1, r->has_tokenizer ? r->tokenizer.bos : -1);
+    r->plan = plan_from_flags(f, &r->cfg, 1);
+}
+
+// --dry-run.
+static void run_describe(const Run *r) {
+    Table table;
+    Activations a;
+    table_init(&table, &r->cfg);
+    double P = (double)table.numel * sizeof(float);
+    DescribeMemory memory[] = {
+        {"parameters", P},
+        {"gradients", P},
+        {"optimizer, first state", P},
+        {"optimizer, second state", (double)table.state_numel * sizeof(float)},
+        {"activations of a micro-batch", (double)activations_layout(&a, &r->cfg, r->plan.micro_rows, NULL)},
+    };
+    args_echo(stdout, r->table, FLAGS_COUNT, true);
+    describe_model(stdout, &r->cfg);
+    describe_table(stdout, &table, &r->plan, &r->flags, &r->cfg);
+    describe_memory(stdout, memory, sizeof memory / sizeof *memory);
+    describe_plan(stdout, &r->plan, &r->flags, &r->cfg);
+    table_free(&table);
+}
+
+// --- saves -------------------------------------------------------------------------------------
+
+// The tensors of a save, in the table's order: parameters, or the optimizer's two states of each.
+// Returns their number; *out is the caller's to free.
+static int run_tensors(const Run *r, bool optimizer, StTensor **out) {
+    const Model *m = &r->model;
+    int n = 0;
+    *out = die_alloc((size_t)m->table.count * 2, sizeof **out, "the list of tensors");
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *x = &m->table.tensor[i];
+        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols};
+        const uint64_t *dims = x->ndim == 2 ? shape : shape + 1;
+        if (!optimizer) {
+            (*out)[n++] = st_tensor(x->name, ST_F32, x->ndim, dims, m->params + x->offset);
+            continue;
+        }
+        char name[64];
+        snprintf(name, sizeof name, "%s.first", x->name);
+        (*out)[n++] = st_tensor(name, ST_F32, x->ndim, dims, m->state1 + x->offset);
+        snprintf(name, sizeof name, "%s.second", x->name);
+        uint64_t count = x->state_count;
+        (*out)[n++] = st_tensor(name, ST_F32, 1, &count, m->state2 + x->state);
+    }
+    return n;
+}
+
+static void run_save(Run *r) {
+    StTensor *params, *states;
+    int n = run_tensors(r, false, &params), k = run_tensors(r, true, &states);
+    LoaderState at = loader_state(&r->loader);
+    CkptMeta meta;
+    memset(&meta, 0, sizeof meta);
+    meta.step = r->step, meta.tokens = r->tokens;
+    meta.loader_seed = at.seed, meta.loader_epoch = at.epoch;
+    meta.loader_row = at.row, meta.loader_fingerprint = at.fingerprint;
+    ckpt_note(&meta, "flags", r->flags_text);
+    ckpt_note(&meta, "shards", loader_describe(&r->loader));
+    if (ckpt_save(r->flags.out, &meta, params, n, states, k))
+        warn("step %lld is not saved, training goes on: %s", (long long)r->step, io_error);
+    else if (ckpt_prune(r->flags.out, r->flags.keep, r->flags.keep_every))
+        warn("old saves are not removed: %s", io_error);
+    free(params), free(states);
+}
+
+// --resume: parameters, optimizer, place in the data and step of a save, when there is one.
+static void run_resume(Run *r) {
+    char folder[IO_PATH_MAX];
+    if (!*r->flags.resume || !ckpt_find(r->flags.out, r->flags.resume, folder)) return;
+    StTensor *params, *states;
+    int n = run_tensors(r, false, &params), k = run_tensors(r, true, &states);
+    CkptMeta meta;
+    ckpt_load(folder, &meta, params, n, states, k);
+    LoaderState at = {meta.loader_seed, meta.loader_epoch, meta.loader_row, meta.loader_fingerprint};
+    loader_restore(&r->loader, at, ckpt_find_note(&meta, "shards"));
+    r->step = meta.step, r->tokens = meta.tokens;
+    printf("resumed from %s: %lld steps, %lld tokens\n", folder, (long long)r->step, (long long)r->tokens);
+    if (r->step > r->plan.steps)
+        die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder, (long long)r->step,
+            (long long)r->plan.steps);
+    ckpt_meta_free(&meta);
+    free(params), free(states);
+}
+
+// --- validation and samples --------------------------------------------------------------------
+
+typedef struct { double loss, bits_per_byte; } Validation;
+
+// Mean loss over the targets of --val-tokens, and bits per byte: the nats of targets other than BOS
+// over ln 2 times their bytes. NaN where there is no --val, or no tokenizer to count bytes.
+static Validation run_validate(Run *r) {
+    double nats = 0, text_nats = 0;
+    int64_t count = 0, bytes = 0, T = r->cfg.T;
+    if (!*r->flags.val) return (Validation){NAN, NAN};
+    loader_val_rewind(&r->val);
+    while (loader_val_more(&r->val)) {
+        int rows = loader_val_next(&r->val, r->inputs, r->targets, r->plan.micro_rows);
+        trunk_forward(&r->model, r->inputs, rows, (int)T);
+        head_loss(&r->model, r->targets, rows * T, 0, NULL);
+        for (int64_t t = 0; t < rows * T; t++) {
+            nats += r->model.a.losses[t];
+            if (r->targets[t] == r->cfg.bos || !r->has_tokenizer) continue;
+            text_nats += r->model.a.losses[t];
+            bytes += tokenizer_byte_count(&r->tokenizer, r->targets[t]);
+        }
+        count += rows * T;
+    }
+    return (Validation){nats / (double)count, bytes ? text_nats / (log(2) * (double)bytes) : NAN};
+}
+
+// Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text. Each
+// token costs a forward pass over the last T: short, and it tests the very code that trains.
+static void run_sample(Run *r) {
+    const Flags *f = &r->flags;
+    int T = r->cfg.T, V = r->cfg.V, C = r->cfg.C;
+    TokenList list = {NULL, 0, 0};
+    if (!r->has_tokenizer || !f->sample_tokens) return;
+    tokenizer_append(&list, (uint32_t)r->cfg.bos);
+    tokenizer_encode(&r->tokenizer, f->prompt, strlen(f->prompt), &list);
+    RandKey key = {(uint32_t)f->seed, (uint32_t)r->step, RAND_SAMPLE};
+    printf("sample: %s", f->prompt);
+    for (int i = 0; i < f->sample_tokens; i++) {
+        int count = list.count < (size_t)T ? (int)list.count : T;
+        for (int t = 0; t < count; t++) r->inputs[t] = list.ids[list.count - (size_t)(count - t)];
+        trunk_forward(&r->model, r->inputs, 1, count);
+        matmul_forward(r->model.a.logits, r->model.a.hf + (int64_t)(count - 1) * C, r->model.w.lm_head, 1, C, V);
+        softcap_forward(r->model.a.logits, V);
+        int next = sampler_pick(r->model.a.logits, V, f->temperature, f->top_k, rand_uniform(key, (uint64_t)i));
+        if (next == r->cfg.bos) break;
+        size_t bytes;
+        const uint8_t *text = tokenizer_decode(&r->tokenizer, next, &bytes);
+        fwrite(text, 1, bytes, stdout);
+        tokenizer_append(&list, (uint32_t)next);
+    }
+    printf("\n");
+    free(list.ids);
+}
+
+// --- steps -------------------------------------------------------------------------------------
+
+// NaN or Inf must not reach the weights: ends the run before the update, and names the first tensor.
+static void run_require_finite(const Run *r, double loss, double norm) {
+    if (isfinite(loss) && isfinite(norm)) return;
+    const Table *t = &r->model.table;
+    const char *where = "the loss";
+    for (int i = t->count - 1; i >= 0 && isfinite(loss); i--)
+        if (!isfinite(sum_squares(r->model.grads + t->tensor[i].offset, tensor_numel(&t->tensor[i])))) where = t->tensor[i].name;
+    LoaderOrigin from = loader_origin(&r->loader, 0);
+    die(EXIT_NONFINITE, "step %lld: found loss %g and gradient norm %g, first in %s; the last micro-batch began in %s at token "
+        "%lld; the weights are as before the step", (long long)r->step, loss, norm, where, from.path, (long long)from.token);
+}
+
+// Loss and gradients of the next batch. logits: (batch, V) for --dump, or NULL.
+static double run_accumulate(Run *r, int *all_inputs, int *all_targets, float *logits) {
+    const Plan *p = &r->plan;
+    int64_t tokens = (int64_t)p->micro_rows * r->cfg.T;
+    double sum = 0;
+    memset(r->model.grads, 0, r->model.table.numel * sizeof(float));
+    for (int micro = 0; micro < p->micro_steps; micro++) {
+        int *inputs = all_inputs ? all_inputs + micro * tokens : r->inputs;
+        int *targets = all_targets ? all_targets + micro * tokens : r->targets;
+        loader_next(&r->loader, inputs, targets, p->micro_rows);
+        sum += model_accumulate(&r->model, inputs, targets, p->micro_rows, p->batch, logits ? logits + micro * tokens * r->cfg.V : NULL);
+    }
+    return sum / (double)p->batch;
+}
+
+// One update. Fills in the row's loss, norm and time.
+static void run_step(Run *r, LogRow *row) {
+    double start = seconds();
+    row->loss = run_accumulate(r, NULL, NULL, NULL);
+    row->grad_norm = model_grad_norm(&r->model);
+    run_require_finite(r, row->loss, row->grad_norm);
+    model_update(&r->model, &r->flags, &r->plan, r->step, row->grad_norm);
+    r->step++, r->tokens += r->plan.batch;
+    row->ms = 1e3 * (seconds() - start);
+    row->tok_per_s = 1e3 * (double)r->plan.batch / row->ms;
+}
+
+static bool due(int64_t step, int every) { return every > 0 && step % every == 0; }
+
+// The rest of the steps. Row s of the log is the state after s updates: its validation, if one is
+// due, and the loss of the batch that makes update s + 1. The last row has no loss.
+static void run_train(Run *r) {
+    const Flags *f = &r->flags;
+    for (bool last = false; !last;) {
+        last = r->step == r->plan.steps;
+        Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
+        LogRow row = log_row_init(r->step, r->tokens, (int64_t)loader_state(&r->loader).epoch, now.lr, now.momentum, now.wd);
+        if (last || due(r->step, f->eval_every)) {
+            Validation v = run_validate(r);
+            row.val_loss = v.loss, row.val_bpb = v.bits_per_byte;
+        }
+        if (last || due(r->step, f->sample_every)) run_sample(r);
+        if (!last) run_step(r, &row);
+        log_row(&r->log, &row);
+        if (!last && *f->out && (r->step == r->plan.steps || due(r->step, f->save_every))) run_save(r);
+    }
+}
+
+// --- dump --------------------------------------------------------------------------------------
+
+// The tensors of a dump, and the memory of the sketches among them.
+typedef struct {
+    StTensor *tensor;
+    double (*sketch)[SKETCH_SIZE];
+    int count;
+    bool sketches;
+} Dump;
+
+// Adds kind.name, a float tensor: whole, or its sketch as sketch.kind.name.
+static void dump_add(Dump *d, const char *kind, const char *name, int ndim, const uint64_t *shape, const float *data) {
+    char full[64];
+    uint64_t count = 1, size = SKETCH_SIZE;
+    for (int i = 0; i < ndim; i++) count *= shape[i];
+    snprintf(full, sizeof full, "%s%s%s%s", d->sketches ? "sketch." : "", kind, *name ? "." : "", name);
+    if (d->sketches) {
+        sketch_compute(d->sketch[d->count], data, count);
+        d->tensor[d->count] = st_tensor(full, ST_F64, 1, &size, d->sketch[d->count]);
+    } else {
+        d->tensor[d->count] = st_tensor(full, ST_F32, ndim, shape, data);
+    }
+    d->count++;
+}
+
+static void dump_add_all(Dump *d, const char *kind, const Table *t, const float *arena) {
+    for (int i = 0; i < t->count; i++) {
+        const Tensor *x = &t->tensor[i];
+        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols};
+        dump_add(d, kind, x->name, x->ndim, x->ndim == 2 ? shape : shape + 1, arena + x->offset);
+    }
+}
+
+// --dump: one step, and everything that goes into it and comes out of it.
+static void run_dump(Run *r) {
+    const Flags *f = &r->flags;
+    const Table *t = &r->model.table;
+    uint64_t batch = (uint64_t)r->plan.batch, V = (uint64_t)r->cfg.V, one = 1;
+    int *tokens = die_alloc(2 * batch, sizeof *tokens, "the tokens of a dump");
+    float *logits = die_alloc(batch * V, sizeof *logits, "the logits of a dump; lower --batch-tokens");
+    float *before = die_alloc(t->numel, sizeof *before, "the parameters of a dump");
+    size_t room = 5 + 3 * (size_t)t->count;
+    Dump d = {die_alloc(room, sizeof(StTensor), "a dump"), die_alloc(room, sizeof(double[SKETCH_SIZE]), "a dump"), 0, f->dump_sketch};
+    memcpy(before, r->model.params, t->numel * sizeof *before);
+    double loss = run_accumulate(r, tokens, tokens + batch, logits);
+    double norm = model_grad_norm(&r->model);
+    model_update(&r->model, f, &r->plan, r->step, norm);
+    uint64_t rows[2] = {batch / (uint64_t)r->cfg.T, (uint64_t)r->cfg.T}, logits_shape[2] = {batch, V};
+    d.tensor[d.count++] = st_tensor("tokens", ST_I32, 2, rows, tokens);
+    d.tensor[d.count++] = st_tensor("targets", ST_I32, 2, rows, tokens + batch);
+    d.tensor[d.count++] = st_tensor("loss", ST_F64, 1, &one, &loss);
+    d.tensor[d.count++] = st_tensor("grad_norm", ST_F64, 1, &one, &norm);
+    dump_add(&d, "logits", "", 2, logits_shape, logits);
+    dump_add_all(&d, "param", t, before);
+    dump_add_all(&d, "grad", t, r->model.grads);
+    dump_add_all(&d, "updated", t, r->model.params);
+    JsonPair about[] = {{"flags", r->flags_text}};
+    if (st_write(f->dump, d.tensor, d.count, about, 1)) die(EXIT_INTERNAL, "--dump: %s", io_error);
+    printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count, (long long)r->step, loss, norm);
+    free(tokens), free(logits), free(before), free(d.tensor), free(d.sketch);
+}
+
+// --- from start to end -------------------------------------------------------------------------
+
+// Takes memory, opens the data, and goes to the save to resume from.
+static void run_open(Run *r) {
+    const Flags *f = &r->flags;
+    if (!*f->train) die(EXIT_USAGE, "--train: found nothing, expected token shards (build/tokenize makes them from text)");
+    if (*f->resume && !*f->out && !strcmp(f->resume, "auto")) die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
+    RowsConfig rows = {f->train, r->cfg.T, r->cfg.V, r->cfg.bos, !strcmp(f->packing, "bestfit"), !strcmp(f->tails, "keep"), (uint64_t)f->seed};
+    loader_init(&r->loader, &rows, 0, 1);
+    if (*f->val) loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V, f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
+    model_init(&r->model, &r->cfg, r->plan.micro_rows, (uint32_t)f->seed, !strcmp(f->init, "test"));
+    size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
+    r->inputs = die_alloc(tokens, sizeof(int), "tokens"), r->targets = die_alloc(tokens, sizeof(int), "tokens");
+    run_resume(r);
+}
+
+static void run_close(Run *r) {
+    if (*r->flags.val) loader_val_free(&r->val);
+    if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
+    loader_free(&r->loader);
+    model_free(&r->model);
+    free(r->inputs), free(r->targets), free(r->flags_text);
+    args_free();
+}
+
+#ifndef TRAIN_GPT2_NO_MAIN
+int main(int argc, char **argv) {
+    static Run run;
+    run_configure(&run, argc, argv);
+    if (run.flags.dry_run) {
+        run_describe(&run);
+        return EXIT_OK;
+    }
+    run_open(&run);
+    if (*run.flags.dump) {
+        run_dump(&run);
+    } else {
+        run_log_open(&run);
+        run_train(&run);
+        log_close(&run.log);
+    }
+    run_close(&run);
+    return EXIT_OK;
+}
+#endif

@@ -169,6 +169,19 @@ static inline void args_echo(FILE *out, const Arg *table, int count, bool all) {
     }
 }
 
+// The flags that the user gave, on one line, for a file's header. free() when done.
+static inline char *args_line(const Arg *table, int count) {
+    char *line = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&line, &size);
+    if (!out) die(EXIT_INTERNAL, "out of memory for the flags");
+    args_echo(out, table, count, false);
+    fclose(out);
+    for (char *p = line; *p; p++)
+        if (*p == '\n') *p = p[1] ? ' ' : 0;
+    return line;
+}
+
 // The text of every @file read. It stays, since string flags point into it, until args_free.
 enum { ARGS_MAX_FILES = 64 };
 static char *args_files[ARGS_MAX_FILES];
