@@ -1228,6 +1228,18 @@ static void run_open(Run *r) {
     run_resume(r);
 }
 
+// log.csv and run.json in --out, and the first lines on stdout.
+static void run_log_open(Run *r) {
+    const Flags *f = &r->flags;
+    JsonPair facts[] = {{"program", "train_gpt2 (CPU, FP32)"}, {"version", SPEEDRUN_VERSION}, {"compiler", __VERSION__},
+                        {"flags", r->flags_text}, {"shards", loader_describe(&r->loader)}};
+    log_open(&r->log, f->out, r->step, r->plan.steps);
+    if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts)) warn("run.json is not written: %s", io_error);
+    printf("train_gpt2 %s\n", r->flags_text);
+    printf("%zu parameters, %.0f of them in matrices; %lld steps of %lld tokens, %lld tokens in the shards\n", r->model.table.params,
+           config_matrix_params(&r->cfg), (long long)r->plan.steps, (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);
+}
+
 static void run_close(Run *r) {
     if (*r->flags.val) loader_val_free(&r->val);
     if (r->has_tokenizer) tokenizer_free(&r->tokenizer);

@@ -12,6 +12,8 @@
 
 #include "llmc/args.h"  // Arg, args_parse
 
+#define SPEEDRUN_VERSION "0.1"
+
 #define TRAIN_FLAGS(F)                                                                                                                            \
     /* the model */                                                                                                                               \
     F(int, INT, depth, "depth", "12", 1, 128, "layers L: the one dial; it sets every size below")                                                 \
