@@ -209,6 +209,24 @@ TEST(first_error_stays_with_its_offset) {
     CHECK_INT(j.at, 4);
 }
 
+static const char *error_of(const char *text) {
+    Json j = cursor(text);
+    json_skip(&j);
+    json_end(&j);
+    return j.error ? j.error : "none";
+}
+
+TEST(errors_say_what_is_wrong) {
+    CHECK_STR(error_of("[1,]"), "found a comma with nothing behind it");
+    CHECK_STR(error_of("[1"), "expected , or ]");
+    CHECK_STR(error_of("{\"a\" 1}"), "expected :");
+    CHECK_STR(error_of("["), "the text ends inside { or [");
+    CHECK_STR(error_of("\"a"), "found a string that is never closed");
+    CHECK_STR(error_of("01"), "found a number that begins with 0");
+    CHECK_STR(error_of("1 1"), "expected the end of the text");
+    CHECK_STR(error_of(" [1.5] "), "none");
+}
+
 TEST(nesting_is_bounded) {
     char text[400];
     for (int depth = 63; depth <= 65; depth++) {
@@ -300,6 +318,7 @@ int main(void) {
     RUN(reads_numbers);
     RUN(reads_whole_numbers_up_to_2_64);
     RUN(first_error_stays_with_its_offset);
+    RUN(errors_say_what_is_wrong);
     RUN(nesting_is_bounded);
     RUN(text_needs_no_nul_behind_it);
     RUN(noise_ends_in_an_error_or_a_value);

@@ -103,6 +103,12 @@ TEST(distance_is_that_of_the_tensors_within_a_few_deviations) {
     free(a), free(b);
 }
 
+TEST(distance_is_the_root_of_the_mean_square_of_projections) {
+    double a[SKETCH_SIZE] = {1, 2, 3}, b[SKETCH_SIZE] = {9, 9, 9};
+    for (int j = 0; j < 64; j++) b[3 + j] = j % 2 ? 2 : -2;
+    CHECK(sketch_distance(a, b) == 2);
+}
+
 TEST(one_element_swapped_with_another_is_seen) {
     size_t n = 5000;
     float *x = random_tensor(n, 4);
@@ -149,6 +155,7 @@ int main(void) {
     RUN(equals_its_definition_at_ragged_sizes);
     RUN(goes_past_one_round_of_chunks);
     RUN(distance_is_that_of_the_tensors_within_a_few_deviations);
+    RUN(distance_is_the_root_of_the_mean_square_of_projections);
     RUN(one_element_swapped_with_another_is_seen);
     RUN(nan_and_infinity_show);
     RUN(bits_do_not_depend_on_threads);
