@@ -997,7 +997,8 @@ static int run_tensors(const Run *r, bool optimizer, StTensor **out) {
     return n;
 }
 
-static void run_save(Run *r) {
+// Returns false, with a warning, when the step could not be saved.
+static bool run_save(Run *r) {
     StTensor *params, *states;
     int n = run_tensors(r, false, &params), k = run_tensors(r, true, &states);
     LoaderState at = loader_state(&r->loader);
@@ -1008,11 +1009,13 @@ static void run_save(Run *r) {
     meta.loader_row = at.row, meta.loader_fingerprint = at.fingerprint;
     ckpt_note(&meta, "flags", r->flags_text);
     ckpt_note(&meta, "shards", loader_describe(&r->loader));
-    if (ckpt_save(r->flags.out, &meta, params, n, states, k))
+    bool saved = ckpt_save(r->flags.out, &meta, params, n, states, k) == 0;
+    if (!saved)
         warn("step %lld is not saved, training goes on: %s", (long long)r->step, io_error);
     else if (ckpt_prune(r->flags.out, r->flags.keep, r->flags.keep_every))
         warn("old saves are not removed: %s", io_error);
     free(params), free(states);
+    return saved;
 }
 
 // --resume: parameters, optimizer, place in the data and step of a save, when there is one.
@@ -1032,6 +1035,17 @@ static void run_resume(Run *r) {
             (long long)r->plan.steps);
     ckpt_meta_free(&meta);
     free(params), free(states);
+}
+
+// The newest save counts, and --keep removes the oldest: a run that began behind the saves in --out
+// would lose its own. (After --resume auto only damaged ones can be newer.)
+static void run_require_newest(const Run *r) {
+    CkptEntry *saves;
+    if (!*r->flags.out || !strcmp(r->flags.resume, "auto")) return;
+    if (ckpt_list(r->flags.out, &saves) > 0 && saves[0].step > r->step)
+        die(EXIT_USAGE, "--out: found the save %s, expected none behind step %lld, where this run begins; go on with "
+            "--resume auto, or choose another folder", saves[0].path, (long long)r->step);
+    free(saves);
 }
 
 // --- validation and samples --------------------------------------------------------------------
@@ -1135,6 +1149,7 @@ static bool due(int64_t step, int every) { return every > 0 && step % every == 0
 // due, and the loss of the batch that makes update s + 1. The last row has no loss.
 static void run_train(Run *r) {
     const Flags *f = &r->flags;
+    bool saved = true;
     for (bool last = false; !last;) {
         last = r->step == r->plan.steps;
         Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
@@ -1146,8 +1161,9 @@ static void run_train(Run *r) {
         if (last || due(r->step, f->sample_every)) run_sample(r);
         if (!last) run_step(r, &row);
         log_row(&r->log, &row);
-        if (!last && *f->out && (r->step == r->plan.steps || due(r->step, f->save_every))) run_save(r);
+        if (!last && *f->out && (r->step == r->plan.steps || due(r->step, f->save_every))) saved = run_save(r);
     }
+    if (!saved) die(EXIT_CHECKPOINT, "step %lld, the last one, is not saved; the warning above says why", (long long)r->step);
 }
 
 // --- dump --------------------------------------------------------------------------------------
@@ -1261,6 +1277,7 @@ int main(int argc, char **argv) {
     if (*run.flags.dump) {
         run_dump(&run);
     } else {
+        run_require_newest(&run);
         run_log_open(&run);
         run_train(&run);
         log_close(&run.log);
