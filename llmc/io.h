@@ -53,14 +53,14 @@ static struct {
 // Counts one system call. Returns the fault to act out in it, IO_FAULT_NONE nearly always.
 // The environment variable IO_FAULT="kind:n" (enospc, eio, short, exit) sets it from outside.
 static IoFaultKind io_fault_next(void) {
-    const char *spec = io_fault.calls == 0 ? getenv("IO_FAULT") : NULL;
+    long call = __atomic_add_fetch(&io_fault.calls, 1, __ATOMIC_RELAXED);  // threads read too
+    const char *spec = call == 1 ? getenv("IO_FAULT") : NULL;
     if (spec && strchr(spec, ':')) {
         io_fault.kind = spec[0] == 'e' ? (spec[1] == 'n' ? IO_FAULT_ENOSPC : spec[1] == 'i' ? IO_FAULT_EIO : IO_FAULT_EXIT)
                                        : IO_FAULT_SHORT;
         io_fault.at = atol(strchr(spec, ':') + 1);
     }
-    io_fault.calls++;
-    bool hit = io_fault.sticky ? io_fault.calls >= io_fault.at : io_fault.calls == io_fault.at;
+    bool hit = io_fault.sticky ? call >= io_fault.at : call == io_fault.at;
     if (io_fault.kind == IO_FAULT_NONE || !hit) return IO_FAULT_NONE;
     if (io_fault.kind == IO_FAULT_EXIT) _exit(IO_FAULT_EXIT_CODE);
     errno = io_fault.kind == IO_FAULT_ENOSPC ? ENOSPC : EIO;
