@@ -20,7 +20,7 @@ def tolerance_of(name):
 
 
 def compare(name, a, b, tolerance, terms=None):
-    """a: the tensor in question, b: the reference, arrays of one shape. terms: of a lambda's gradient."""
+    """a: the tensor in question, b: the reference, of one shape. terms: of a lambda's gradient."""
     if a.shape != b.shape:
         raise SystemExit(f"{name}: found shape {a.shape}, expected {b.shape}")
     a, b = a.astype(np.float64), b.astype(np.float64)

@@ -1,9 +1,9 @@
 # model.py: the model in PyTorch, FP64, written to be read; gradients come from autograd.
 #
-# Letters: B rows, T tokens a row, C channels, L layers, H heads, D head size (C = H*D), V vocabulary,
-# Vp = V rounded up to a multiple of 128, F = 4C. Matrices are (out, in). There are no biases.
+# Letters: B rows, T tokens a row, C channels, L layers, H heads, D head size (C = H*D), F = 4C,
+# V vocabulary, Vp = V rounded up to a multiple of 128. Matrices are (out, in). No biases.
 #
-#     Config(flags)                    the shape of the model and of the run from the trainer's flags
+#     Config(flags)                    the shape of model and run from the trainer's flags
 #     parameter_table(config)          every parameter: name, shape, both inits, optimizer group
 #     init_parameters(config)          {name: tensor}, the numbers every implementation starts from
 #     forward(config, p, idx)          tokens (B, T) -> logits (B, T, V)
@@ -27,13 +27,13 @@ FLAGS = {
     "window-pattern": "SSSL", "window-short": 0, "doc-mask": 0,
     "batch-tokens": 0, "micro-batch": 0, "steps": 0, "tokens": 0, "ratio": 10.0, "warmup": 40,
     "grad-clip": 0.0, "seed": 1337, "init": "default",
-    "lr-matrix": 0.02, "lr-lm-head": 0.008, "lr-wte": 0.3, "lr-value-embed": 0.15, "lr-resid": 0.005,
-    "lr-x0": 0.5, "lr-smear": 0.2, "wd-matrix": 0.28,
+    "lr-matrix": 0.02, "lr-lm-head": 0.008, "lr-wte": 0.3, "lr-value-embed": 0.15,
+    "lr-resid": 0.005, "lr-x0": 0.5, "lr-smear": 0.2, "wd-matrix": 0.28,
 }
 
 
 def parse_flags(text, ignore_unknown=False):
-    """'--depth 4 --vocab=257' -> {"depth": 4, "vocab": 257}. Other flags are an error, or ignored."""
+    """'--depth 4 --vocab=257' -> {"depth": 4, "vocab": 257, and the defaults}."""
     flags = dict(FLAGS)
     items = shlex.split(text)
     while items:
@@ -77,18 +77,19 @@ class Config:
         self.windows = self._windows()
         assert self.C == self.H * self.D and self.D % 2 == 0 and self.C >= 24
 
-        # How long: the horizon Z is the model's own, also when --steps or --tokens cut the run short.
+        # The horizon Z is the model's own, also when --steps or --tokens cut the run short.
         self.P = matrix_parameters(self.L, self.C, self.V)
         self.Z = flags["ratio"] * self.P
         self.Z12 = flags["ratio"] * matrix_parameters(12, default_channels(12), self.V)
-        self.batch = flags["batch-tokens"] or 2 ** round(math.log2(2**19 * (self.Z / self.Z12) ** 0.383))
+        suits = 2**19 * (self.Z / self.Z12) ** 0.383
+        self.batch = flags["batch-tokens"] or 2 ** round(math.log2(suits))
         tokens = flags["tokens"] or math.floor(flags["ratio"] * self.P)
         self.steps = flags["steps"] or tokens // self.batch
         self.rows = self.batch // self.T
         self.flops_per_token = 6 * self.P + sum(12 * self.C * min(W, self.T) for W in self.windows)
 
     def _windows(self):
-        """W_i: query t of layer i sees keys t - W_i .. t. The last layer always sees the whole row."""
+        """W_i: query t of layer i sees keys t - W_i .. t. The last layer sees the whole row."""
         short = self.flags["window-short"] or round_up(-(-self.T // 4), 128)
         pattern = self.flags["window-pattern"]
         kinds = [pattern[i % len(pattern)] for i in range(self.L - 1)] + ["L"]
@@ -98,7 +99,7 @@ class Config:
         return layer % 2 == (self.L - 1) % 2
 
 
-# init and test_init: ("normal", std), ("uniform", low, high), ("ramp", first, last) or ("constant", x).
+# init, test_init: ("normal", std), ("uniform", low, high), ("ramp", first, last), ("constant", x).
 # group: the optimizer's; "muon", or a row of optim.GROUPS.
 Parameter = namedtuple("Parameter", "name shape init test_init group")
 
@@ -251,7 +252,8 @@ def loss_and_gradients(config, p, tokens):
     logits = forward(config, leaves, tokens[:, :-1])
     loss = loss_of(logits, tokens[:, 1:])
     loss.backward()
-    gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+    gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad
+                 for name, x in leaves.items()}
     return loss.item(), logits.detach(), gradients
 
 
@@ -266,9 +268,9 @@ def scalar_terms(config, p, tokens):
     B, T = tokens.shape[0], tokens.shape[1] - 1
     spread = dict(p)
     for name in LAMBDAS:
-        count = p[name].shape[0]
-        copies = p[name][:, None, None, None].expand(count, B, T, config.C).clone()
-        spread[name] = (copies if count > 1 or name in ("resid_lambda", "x0_lambda") else copies[0]).requires_grad_()
+        copies = p[name][:, None, None, None].expand(-1, B, T, config.C).clone()
+        per_layer = name in ("resid_lambda", "x0_lambda")
+        spread[name] = (copies if per_layer else copies[0]).requires_grad_()
     loss_of(forward(config, spread, tokens[:, :-1]), tokens[:, 1:]).backward()
     terms = {}
     for name in LAMBDAS:

@@ -4,8 +4,8 @@
 #     clip(gradients, limit)                      by the global norm
 #     Optimizer(config, p).step(gradients, it)    updates p, {name: tensor}, in place
 #
-# Muon here is Jordan 2024 with Polar Express (2505.16932), NorMuon (2510.05491), MuonEq (2603.28254),
-# Muon+ (2602.21545) and cautious weight decay.
+# Muon here is Jordan 2024 with Polar Express (2505.16932), NorMuon (2510.05491), MuonEq
+# (2603.28254), Muon+ (2602.21545) and cautious weight decay.
 import math
 from collections import namedtuple
 

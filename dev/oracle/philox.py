@@ -23,7 +23,8 @@ def rounds(counter, key):
     k0, k1 = int(key[0]), int(key[1])
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        c0, c2 = (p1 >> shift) ^ c1 ^ np.uint64(k0), (p0 >> shift) ^ c3 ^ np.uint64(k1)
+        c1, c3 = p1 & low, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return [np.asarray(c).astype(np.uint32) for c in (c0, c1, c2, c3)]
 
@@ -31,8 +32,9 @@ def rounds(counter, key):
 def words(seed, stream, purpose, first, count):
     """The words of blocks first .. first+count-1: uint32 (count, 4)."""
     block = np.arange(first, first + count, dtype=np.uint64)
-    same = np.zeros_like(block)
-    counter = (block & np.uint64(0xFFFFFFFF), block >> np.uint64(32), same + np.uint64(purpose), same)
+    zero = np.zeros_like(block)
+    low, high = block & np.uint64(0xFFFFFFFF), block >> np.uint64(32)
+    counter = (low, high, zero + np.uint64(purpose), zero)
     return np.stack(rounds(counter, (seed & 0xFFFFFFFF, stream)), axis=1)
 
 
@@ -44,7 +46,8 @@ def uniform(seed, stream, purpose, count):
 
 def normal(seed, stream, purpose, count):
     """Elements 0 .. count-1, standard normal: float64 (count)."""
-    w = (words(seed, stream, purpose, 0, (count + 3) // 4) >> np.uint32(8)).astype(np.float64).reshape(-1, 2)
+    w = words(seed, stream, purpose, 0, (count + 3) // 4) >> np.uint32(8)
+    w = w.astype(np.float64).reshape(-1, 2)
     radius = np.sqrt(-2.0 * np.log((w[:, 0] + 1) * 2.0**-24))
     angle = 2.0 * np.pi * (w[:, 1] * 2.0**-24)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]

@@ -3,9 +3,9 @@
 #     sketch = { norm, sum, number of non-zero elements, 64 projections }
 #     projection j = sum over elements e of x[e] * (+1 if bit j of word64(e) else -1)
 #
-# word64(e) comes from Philox, key {0, 0}, purpose SKETCH, block e/2: words 0 (low half) and 1 (high)
-# for even e, words 2 and 3 for odd e. The signs are random and independent, so the mean square of
-# the 64 differences between two sketches estimates ||a - b||^2 (Alon, Matias and Szegedy 1996); the
+# word64(e) comes from Philox, key {0, 0}, purpose SKETCH, block e/2: words 0 (low half) and 1 for
+# even e, words 2 and 3 for odd e. The signs are random and independent, so the mean square of the
+# 64 differences between two sketches estimates ||a - b||^2 (Alon, Matias and Szegedy 1996); the
 # distance comes out with a standard error of 9 %.
 import numpy as np
 

@@ -16,7 +16,8 @@ def write(path, tensors, metadata):
     header, at = {"__metadata__": metadata}, 0
     arrays = [np.ascontiguousarray(x) for x in tensors.values()]
     for name, x in zip(tensors, arrays):
-        header[name] = {"dtype": DTYPES[x.dtype.str], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
+        header[name] = {"dtype": DTYPES[x.dtype.str], "shape": list(x.shape),
+                        "data_offsets": [at, at + x.nbytes]}
         at += x.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
