@@ -77,6 +77,7 @@ static inline Config config_from_flags(const Flags *f, int vocab, int bos) {
         die(EXIT_USAGE, "--channels %d and --heads %d: found C/H = %g, expected an even whole number", c.C, c.H, (double)c.C / c.H);
     if (c.C < SMEAR_CHANNELS || c.C % 8)
         die(EXIT_USAGE, "--channels: found %d, expected a multiple of 8 from %d on", c.C, SMEAR_CHANNELS);
+    if (c.V < vocab) die(EXIT_USAGE, "--vocab: found %d, expected at least %d, the tokenizer's", c.V, vocab);
     if (c.V < 2 || c.bos >= c.V) die(EXIT_USAGE, "--vocab %d: expected at least 2, and more than --bos %d", c.V, c.bos);
     size_t period = strlen(f->window_pattern);
     if (!period || strspn(f->window_pattern, "SL") != period)
