@@ -1037,11 +1037,14 @@ static void run_resume(Run *r) {
     free(params), free(states);
 }
 
-// The newest save counts, and --keep removes the oldest: a run that began behind the saves in --out
-// would lose its own. (After --resume auto only damaged ones can be newer.)
-static void run_require_newest(const Run *r) {
+// Makes --out, and sees that it holds no save of a later step than the one this run begins at: the
+// newest counts, and --keep removes the oldest, so the run would lose its own saves. (After --resume
+// auto only damaged ones can be newer.)
+static void run_prepare_out(const Run *r) {
     CkptEntry *saves;
-    if (!*r->flags.out || !strcmp(r->flags.resume, "auto")) return;
+    if (!*r->flags.out) return;
+    if (io_make_dir(r->flags.out)) die(EXIT_USAGE, "--out: %s", io_error);
+    if (!strcmp(r->flags.resume, "auto")) return;
     if (ckpt_list(r->flags.out, &saves) > 0 && saves[0].step > r->step)
         die(EXIT_USAGE, "--out: found the save %s, expected none behind step %lld, where this run begins; go on with "
             "--resume auto, or choose another folder", saves[0].path, (long long)r->step);
@@ -1223,7 +1226,7 @@ static void run_dump(Run *r) {
     dump_add_all(&d, "grad", t, r->model.grads);
     dump_add_all(&d, "updated", t, r->model.params);
     JsonPair about[] = {{"flags", r->flags_text}};
-    if (st_write(f->dump, d.tensor, d.count, about, 1)) die(EXIT_INTERNAL, "--dump: %s", io_error);
+    if (st_write(f->dump, d.tensor, d.count, about, 1)) die(EXIT_USAGE, "--dump: %s", io_error);
     printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count, (long long)r->step, loss, norm);
     free(tokens), free(logits), free(before), free(d.tensor), free(d.sketch);
 }
@@ -1277,7 +1280,7 @@ int main(int argc, char **argv) {
     if (*run.flags.dump) {
         run_dump(&run);
     } else {
-        run_require_newest(&run);
+        run_prepare_out(&run);
         run_log_open(&run);
         run_train(&run);
         log_close(&run.log);
