@@ -10,7 +10,7 @@ mkdir -p "$out"
 
 echo "--- text: one file, one document; every tenth or so is held out for validation"
 "$build/tokenize" --tokenizer bytes --out "$out/" --val-fraction 0.1 --seed 3 --endings "c h md sh py" \
-    README.md train_gpt2.c Makefile llmc dev scripts docs
+    README.md train_gpt2.c Makefile llmc dev scripts
 
 echo "--- training"
 "$build/train_gpt2" --train "$out/train_*.bin" --val "$out/val_*.bin" --tokenizer bytes --out "$out" \
