@@ -23,7 +23,7 @@ LDLIBS     = $(PCRE2_L) -lm -lpthread
 PROGRAMS = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram)
 TESTS    = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
 
-.PHONY: all quickstart test test-asan test-mutations bench-cpu doctor format clean
+.PHONY: all quickstart test test-asan test-mutations bench-cpu doctor readme format clean
 all: $(PROGRAMS)
 
 # Everything built depends on this file, which changes only when compiler or flags do.
@@ -72,6 +72,10 @@ doctor:
 	@echo "OpenMP      $(if $(OPENMP),found,not found: one thread)"
 	@echo "PCRE2       $(if $(PCRE2),found,not found: no GPT-2 encoding (byte tokens work); install libpcre2-dev)"
 	@echo "OpenBLAS    $(if $(BLAS),found,not found: make bench-cpu compares with nothing; install libopenblas-dev)"
+
+# README.md's list of flags, from the table.
+readme: $(BUILD)/train_gpt2
+	@BUILD=$(BUILD) dev/readme.sh
 
 format:
 	clang-format -i train_gpt2.c llmc/*.h dev/*/*.c dev/*/*.h

@@ -531,7 +531,7 @@ typedef struct {
     int *doc_start;            // (n)
 } Activations;
 
-enum { HEAD_ROWS = 256 };
+enum { HEAD_ROWS = 512 };
 
 typedef struct {
     Config cfg;
@@ -815,9 +815,11 @@ static void muon_polar_express(MuonScratch *s, int R, int K) {
         if (R <= K) matmul(s->a, side, x, x_transposed, R, R, K, 0);
         else matmul(s->a, side, x_transposed, x, K, K, R, 0);
         matmul(s->a2, side, a, a, side, side, side, 0);
+#pragma omp parallel for simd
         for (size_t i = 0; i < (size_t)side * (size_t)side; i++) s->a2[i] = kb * s->a[i] + kc * s->a2[i];
         if (R <= K) matmul(s->product, K, a2, x, R, K, R, 0);
         else matmul(s->product, K, x, a2, R, K, K, 0);
+#pragma omp parallel for simd
         for (size_t i = 0; i < count; i++) s->x[i] = ka * s->x[i] + s->product[i];
     }
 }
@@ -1225,8 +1227,10 @@ static void run_dump(Run *r) {
     dump_add_all(&d, "param", t, before);
     dump_add_all(&d, "grad", t, r->model.grads);
     dump_add_all(&d, "updated", t, r->model.params);
-    JsonPair about[] = {{"flags", r->flags_text}};
-    if (st_write(f->dump, d.tensor, d.count, about, 1)) die(EXIT_USAGE, "--dump: %s", io_error);
+    char step[24];
+    snprintf(step, sizeof step, "%lld", (long long)r->step);
+    JsonPair about[] = {{"flags", r->flags_text}, {"step", step}};
+    if (st_write(f->dump, d.tensor, d.count, about, 2)) die(EXIT_USAGE, "--dump: %s", io_error);
     printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count, (long long)r->step, loss, norm);
     free(tokens), free(logits), free(before), free(d.tensor), free(d.sketch);
 }
@@ -1268,7 +1272,6 @@ static void run_close(Run *r) {
     args_free();
 }
 
-#ifndef TRAIN_GPT2_NO_MAIN
 int main(int argc, char **argv) {
     static Run run;
     run_configure(&run, argc, argv);
@@ -1288,4 +1291,3 @@ int main(int argc, char **argv) {
     run_close(&run);
     return EXIT_OK;
 }
-#endif

@@ -259,9 +259,10 @@ static inline int io_remove(const char *path) {
     char **names;
     int count = io_list_dir(path, &names), failed = count < 0;
     for (int i = 0; i < count && !failed; i++) {
-        char child[2 * IO_PATH_MAX];
-        snprintf(child, sizeof child, "%s/%s", path, names[i]);
-        failed = io_remove(child) != 0;
+        char child[IO_PATH_MAX];
+        int length = snprintf(child, sizeof child, "%s/%s", path, names[i]);
+        errno = ENAMETOOLONG;
+        failed = length >= (int)sizeof child ? io_fail("remove", path) : io_remove(child);
     }
     io_free_names(names, count);
     if (failed) return -1;

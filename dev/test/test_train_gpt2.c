@@ -7,8 +7,9 @@
 //     ||a - b|| <= tolerance ||b|| + 1e-8 sqrt(numel);   what is exactly 0 there is exactly 0 here;
 //     a lambda's gradient, per element: |a - b| <= tolerance * sum of |terms|, since terms cancel.
 // The optimizer is compared once more on given gradients, and on cases small enough for a pencil.
-#define TRAIN_GPT2_NO_MAIN
+#define main train_gpt2_main
 #include "train_gpt2.c"
+#undef main
 
 #include <glob.h>
 #ifdef _OPENMP
