@@ -46,7 +46,7 @@ TEST(depth_sets_every_size) {
 TEST(flags_override_sizes) {
     Flags f = flags_of_depth(5);
     f.channels = 96, f.vocab = 256, f.seq_len = 100, f.doc_mask = true;
-    Config c = config_from_flags(&f, 999, -1);
+    Config c = config_from_flags(&f, 200, -1);
     CHECK_INT(c.C, 96);
     CHECK_INT(c.H, 1);  // at least one
     CHECK_INT(c.D, 96);
@@ -77,6 +77,8 @@ TEST(vocabulary_and_bos_come_from_flag_tokenizer_or_default) {
     CHECK_INT(config_from_flags(&f, 257, 256).bos, 0);
     f.bos = -1, f.vocab = 60000;
     CHECK_INT(config_from_flags(&f, -1, -1).bos, 50256);
+    f.vocab = 256;
+    DIES(EXIT_USAGE, "--vocab: found 256, expected at least 257, the tokenizer's") config_from_flags(&f, 257, 256);
 }
 
 // The windows of a model as text: "128 128 128 512".
