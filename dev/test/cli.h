@@ -15,8 +15,8 @@
 enum { CLI_V = 257, CLI_BOS = 256, CLI_T = 16, CLI_STEPS = 12, CLI_SHARDS = 3 };
 
 static const int shard_tokens[CLI_SHARDS] = {210, 90, 131};
-static const char *dir;           // of the test that runs
-static char printed[1 << 17];     // by the last command, both streams
+static const char *dir;        // of the test that runs
+static char printed[1 << 17];  // by the last command, both streams
 
 // ---------------------------------------------------------------------------------------------
 // Files.
@@ -50,7 +50,8 @@ static inline bool same_file(const char *a, const char *b) {
     free(x), free(y);
     return same;
 }
-#define CHECK_SAME_FILE(a, b) test_check(same_file(a, b), __FILE__, __LINE__, "%s differs from %s", a, b)
+#define CHECK_SAME_FILE(a, b)                                                                      \
+    test_check(same_file(a, b), __FILE__, __LINE__, "%s differs from %s", a, b)
 
 // Inverts one bit of a file.
 static inline void flip_bit(const char *path, size_t byte) {
@@ -155,7 +156,8 @@ __attribute__((format(printf, 1, 2))) static inline void train_well(const char *
     vsnprintf(flags, sizeof flags, format, args);
     va_end(args);
     int code = run("%s %s", train(), flags);
-    test_check(code == 0, __FILE__, __LINE__, "%s: exit code %d, expected 0; it said: %s", flags, code, printed);
+    test_check(code == 0, __FILE__, __LINE__, "%s: exit code %d, expected 0; it said: %s", flags,
+               code, printed);
 }
 
 static inline int count_said(const char *part) {
@@ -165,17 +167,35 @@ static inline int count_said(const char *part) {
 }
 
 #define CHECK_SAID(part)                                                                           \
-    test_check(strstr(printed, part) != NULL, __FILE__, __LINE__, "printed: %s expected in it: %s", printed, part)
+    test_check(strstr(printed, part) != NULL, __FILE__, __LINE__,                                  \
+               "printed: %s expected in it: %s", printed, part)
 #define CHECK_NOT_SAID(part)                                                                       \
-    test_check(!strstr(printed, part), __FILE__, __LINE__, "printed: %s not expected in it: %s", printed, part)
+    test_check(!strstr(printed, part), __FILE__, __LINE__, "printed: %s not expected in it: %s",   \
+               printed, part)
 
 // ---------------------------------------------------------------------------------------------
 // log.csv.
 
-enum { STEP, TOKENS, EPOCH, LOSS, GRAD_NORM, LR, MOMENTUM, WD, MS, TOK_PER_S, MFU, VAL_LOSS, VAL_BPB, LOSS_HEX,
-       GRAD_NORM_HEX, COLUMNS };
-static const char log_columns[] =
-    "step,tokens,epoch,loss,grad_norm,lr,momentum,wd,ms,tok_per_s,mfu,val_loss,val_bpb,loss_hex,grad_norm_hex\n";
+enum {
+    STEP,
+    TOKENS,
+    EPOCH,
+    LOSS,
+    GRAD_NORM,
+    LR,
+    MOMENTUM,
+    WD,
+    MS,
+    TOK_PER_S,
+    MFU,
+    VAL_LOSS,
+    VAL_BPB,
+    LOSS_HEX,
+    GRAD_NORM_HEX,
+    COLUMNS
+};
+static const char log_columns[] = "step,tokens,epoch,loss,grad_norm,lr,momentum,wd,ms,tok_per_s,"
+                                  "mfu,val_loss,val_bpb,loss_hex,grad_norm_hex\n";
 
 typedef struct {
     int rows;
@@ -210,9 +230,9 @@ static inline void check_rows(const Log *found, const Log *expected, int first) 
     for (int i = 0; i < found->rows && first + i < expected->rows; i++) {
         for (int c = 0; c < COLUMNS; c++)
             if (c != MS && c != TOK_PER_S && c != MFU)
-                test_check(!strcmp(found->cell[i][c], expected->cell[first + i][c]), __FILE__, __LINE__,
-                           "row %d, column %d: found '%s', expected '%s'", first + i, c, found->cell[i][c],
-                           expected->cell[first + i][c]);
+                test_check(!strcmp(found->cell[i][c], expected->cell[first + i][c]), __FILE__,
+                           __LINE__, "row %d, column %d: found '%s', expected '%s'", first + i, c,
+                           found->cell[i][c], expected->cell[first + i][c]);
     }
 }
 

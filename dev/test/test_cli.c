@@ -29,7 +29,8 @@ TEST(help_lists_every_flag) {
 // Exit code 2, one line, and this part of it; nothing is written.
 static void refuse_flags(const char *flags, const char *message) {
     int code = run("%s --out %s %s", train(), in_dir("out"), flags);
-    test_check(code == EXIT_USAGE, __FILE__, __LINE__, "%s: exit code %d, expected 2; it said: %s", flags, code, printed);
+    test_check(code == EXIT_USAGE, __FILE__, __LINE__, "%s: exit code %d, expected 2; it said: %s",
+               flags, code, printed);
     CHECK_SAID(message);
     CHECK_INT(count_said("error: "), 1);
     CHECK_INT(count_said("\n"), 1);
@@ -45,7 +46,8 @@ TEST(unknown_flags_name_the_nearest) {
 }
 
 TEST(values_that_can_not_be_are_refused) {
-    refuse_flags("--depth twelve", "--depth: found 'twelve', expected a whole number from 1 to 128");
+    refuse_flags("--depth twelve",
+                 "--depth: found 'twelve', expected a whole number from 1 to 128");
     refuse_flags("--depth 1.5", "--depth: found '1.5'");
     refuse_flags("--depth 0", "--depth: found '0'");
     refuse_flags("--depth ''", "--depth: found ''");
@@ -63,7 +65,8 @@ TEST(values_that_can_not_be_are_refused) {
 TEST(values_that_do_not_fit_together_are_refused) {
     refuse_flags("--channels 36", "--channels: found 36, expected a multiple of 8");
     refuse_flags("--heads 3", "--channels 32 and --heads 3");
-    refuse_flags("--batch-tokens 65", "--batch-tokens: found 65, expected a multiple of --seq-len 16");
+    refuse_flags("--batch-tokens 65",
+                 "--batch-tokens: found 65, expected a multiple of --seq-len 16");
     refuse_flags("--micro-batch 3", "found 4 rows, expected a multiple of --micro-batch 3");
     refuse_flags("--steps 0 --tokens 63", "found less than one step");
     refuse_flags("--vocab 200", "--vocab: found 200, expected at least 257");
@@ -97,8 +100,10 @@ TEST(flags_come_from_files_too) {
 
 TEST(dry_run_tells_what_the_flags_resolve_to) {
     flags_table(flag, &flag_values);
-    CHECK_INT(run("%s --tokenizer bytes --seq-len 16 --depth 1 --channels 32 --batch-tokens 64 --train nowhere "
-                  "--val nowhere --out %s --dry-run 1", program("train_gpt2"), in_dir("out")), 0);
+    CHECK_INT(run("%s --tokenizer bytes --seq-len 16 --depth 1 --channels 32 --batch-tokens 64 "
+                  "--train nowhere --val nowhere --out %s --dry-run 1",
+                  program("train_gpt2"), in_dir("out")),
+              0);
     CHECK(!io_exists(in_dir("out")));
     for (int i = 0; i < FLAGS_COUNT; i++) {
         char line[64];
@@ -108,21 +113,26 @@ TEST(dry_run_tells_what_the_flags_resolve_to) {
     CHECK_SAID("vocabulary V 257 (stored 384), row T 16, BOS 256");
     // 3 tables of 384 x 32, 4 matrices of 32 x 32, 2 of 32 x 128, 24 + 12 gates, 4 lambdas
     CHECK_SAID("\nall                                                 49192\n");
-    CHECK_SAID("\nmatrix parameters P                                 20512 ");  // 12 x 32^2 + 257 x 32
-    CHECK_SAID("FLOPs per token 1.292e+05");                                     // 6 P + 12 x 32 x 16
+    // P = 12 x 32^2 + 257 x 32; FLOPs 6 P + 12 x 32 x 16
+    CHECK_SAID("\nmatrix parameters P                                 20512 ");
+    CHECK_SAID("FLOPs per token 1.292e+05");
     CHECK_SAID("layers.0.wproj                    (32, 128)          4096  0 ");
     CHECK_SAID("layers.0.ve_gate                    (1, 12)            12  uniform 0 .. 0.02 ");
     CHECK_SAID("parameters                                0.2 MiB");
     CHECK_SAID("activations of a micro-batch");
     CHECK_SAID("batch 64 tokens = 1 micro-steps of 4 rows per rank, 3205 steps");  // 10 P / 64
-    static const char *points[] = {"\n         0   0.02500    0.85000    1.00000", "\n       801   1.00000    0.97000",
-                                   "\n      1602   0.78108", "\n      2403   0.41577", "\n      3204   0.05046"};
+    static const char *points[] = {"\n         0   0.02500    0.85000    1.00000",
+                                   "\n       801   1.00000    0.97000", "\n      1602   0.78108",
+                                   "\n      2403   0.41577", "\n      3204   0.05046"};
     for (int i = 0; i < 5; i++) CHECK_SAID(points[i]);
 }
 
 TEST(dry_run_prints_flags_that_read_back) {
     char first[sizeof printed];
-    CHECK_INT(run("%s --depth 3 --channels 64 --heads 2 --lr-matrix 0.0123 --prompt 'a \"b\" #c' --dry-run 1", train()), 0);
+    CHECK_INT(run("%s --depth 3 --channels 64 --heads 2 --lr-matrix 0.0123 --prompt 'a \"b\" #c' "
+                  "--dry-run 1",
+                  train()),
+              0);
     snprintf(first, sizeof first, "%s", printed);
     char *end = strstr(printed, "\n\n");
     CHECK(end != NULL);
@@ -139,7 +149,8 @@ TEST(a_run_leaves_its_log_its_facts_and_its_save) {
     train_well("--depth 2 --prompt 'say \"so\"' --out %s", in_dir("new/out"));
     CHECK_STR(listing(in_dir("new/out")), "ckpt log.csv run.json");
     CHECK_STR(listing(in_dir("new/out/ckpt")), "step_00000012");
-    CHECK_STR(listing(in_dir("new/out/ckpt/step_00000012")), "meta.json model.safetensors optim_rank000.safetensors");
+    CHECK_STR(listing(in_dir("new/out/ckpt/step_00000012")),
+              "meta.json model.safetensors optim_rank000.safetensors");
     read_log(&csv, in_dir("new/out"));
     CHECK_INT(csv.rows, 13);
     for (int i = 0; i < 13; i++) {
@@ -163,8 +174,9 @@ TEST(a_run_leaves_its_log_its_facts_and_its_save) {
 
 TEST(without_out_nothing_is_written) {
     CHECK_INT(io_make_dir(in_dir("here")), 0);
-    CHECK_INT(run("p=$(realpath %s) && cd %s && $p --train '../s*.bin' " SMALL " --save-every 1", program("train_gpt2"),
-                  in_dir("here")), 0);
+    CHECK_INT(run("p=$(realpath %s) && cd %s && $p --train '../s*.bin' " SMALL " --save-every 1",
+                  program("train_gpt2"), in_dir("here")),
+              0);
     CHECK_STR(listing(in_dir("here")), "");
 }
 
@@ -178,7 +190,8 @@ static void refuse_shard(const char *flags, const char *path, const char *messag
     int code = run("%s --out %s %s", train(), in_dir("out"), flags);
     double took = test_seconds() - start;
     snprintf(line, sizeof line, "%s: %s", path, message);
-    test_check(code == EXIT_DATA, __FILE__, __LINE__, "%s: exit code %d, expected 3; it said: %s", line, code, printed);
+    test_check(code == EXIT_DATA, __FILE__, __LINE__, "%s: exit code %d, expected 3; it said: %s",
+               line, code, printed);
     CHECK_SAID(line);
     CHECK_INT(count_said("error: "), 1);
     CHECK_INT(count_said("\n"), 1);
@@ -187,7 +200,8 @@ static void refuse_shard(const char *flags, const char *path, const char *messag
 }
 
 // A file with this header and size, as the middle one of --train and as --val.
-static void refuse_header(int32_t magic, int32_t version, int32_t count, size_t size, const char *message) {
+static void refuse_header(int32_t magic, int32_t version, int32_t count, size_t size,
+                          const char *message) {
     int32_t bytes[512] = {magic, version, count};
     char val[600];
     write_bytes(in_dir("s01.bin"), bytes, size);
@@ -199,13 +213,18 @@ static void refuse_header(int32_t magic, int32_t version, int32_t count, size_t 
 }
 
 TEST(bad_shards_are_named) {
-    refuse_header(20240520 + 1, 1, 90, 1204, "byte 0: found magic number 20240521, expected 20240520");
+    refuse_header(20240520 + 1, 1, 90, 1204,
+                  "byte 0: found magic number 20240521, expected 20240520");
     refuse_header(20240520, 2, 90, 1204, "byte 4: found version 2, expected 1");
-    refuse_header(20240520, 1, 91, 1204, "byte 8: found a count of 91 tokens, which makes 1206 bytes, expected 1204");
+    refuse_header(20240520, 1, 91, 1204,
+                  "byte 8: found a count of 91 tokens, which makes 1206 bytes, expected 1204");
     refuse_header(20240520, 1, -1, 1204, "byte 8: found a count of -1 tokens, expected at least 1");
-    refuse_header(20240520, 1, 90, 1202, "byte 8: found a count of 90 tokens, which makes 1204 bytes, expected 1202");
-    refuse_header(20240520, 1, 90, 1206, "byte 8: found a count of 90 tokens, which makes 1204 bytes, expected 1206");
-    refuse_header(20240520, 1, 90, 1000, "byte 1000: found the end of the file, expected a header of 1024 bytes");
+    refuse_header(20240520, 1, 90, 1202,
+                  "byte 8: found a count of 90 tokens, which makes 1204 bytes, expected 1202");
+    refuse_header(20240520, 1, 90, 1206,
+                  "byte 8: found a count of 90 tokens, which makes 1204 bytes, expected 1206");
+    refuse_header(20240520, 1, 90, 1000,
+                  "byte 1000: found the end of the file, expected a header of 1024 bytes");
     refuse_header(0, 0, 0, 0, "byte 0: found the end of the file (it is empty)");
 }
 
@@ -225,7 +244,8 @@ TEST(paths_that_are_no_shards_are_named) {
     refuse_shard(flags, in_dir("missing.bin"), "found no such file");
     snprintf(flags, sizeof flags, "--train %s --bos 7", in_dir("s00.bin"));
     refuse_shard(flags, in_dir("s00.bin"), "byte 1024 to the end: found no BOS (token 7)");
-    snprintf(flags, sizeof flags, "--train %s --seq-len 256 --batch-tokens 256 --micro-batch 1", in_dir("s01.bin"));
+    snprintf(flags, sizeof flags, "--train %s --seq-len 256 --batch-tokens 256 --micro-batch 1",
+             in_dir("s01.bin"));
     CHECK_INT(run("%s %s", train(), flags), EXIT_DATA);
 }
 
@@ -244,11 +264,13 @@ TEST(a_token_out_of_range_ends_the_run_before_its_batch) {
         text[1024 + 2 * at] = 1, text[1024 + 2 * at + 1] = 1;
         write_bytes(in_dir("s%02d.bin", s), text, size);
         CHECK_INT(run("%s --packing stream --out %s", train(), in_dir("out")), EXIT_DATA);
-        snprintf(message, sizeof message, "s%02d.bin: byte %d: found token 257, expected less than 257", s, 1024 + 2 * at);
+        snprintf(message, sizeof message,
+                 "s%02d.bin: byte %d: found token 257, expected less than 257", s, 1024 + 2 * at);
         CHECK_SAID(message);
         read_log(&csv, in_dir("out"));
         CHECK_INT(csv.rows, rows / 4);  // steps of 4 rows
-        for (int r = 0; r < rows / 4; r++) CHECK_STR(csv.cell[r][LOSS_HEX], whole.cell[r][LOSS_HEX]);
+        for (int r = 0; r < rows / 4; r++)
+            CHECK_STR(csv.cell[r][LOSS_HEX], whole.cell[r][LOSS_HEX]);
         rows += (shard_tokens[s] - 1) / CLI_T;
         CHECK_INT(io_remove(in_dir("out")), 0);
         put_corpus_shard(s, shard_tokens[s]);
@@ -263,9 +285,16 @@ TEST(a_token_out_of_range_ends_the_run_before_its_batch) {
 TEST(a_damaged_tokenizer_is_named) {
     size_t size;
     char *text = read_text("dev/test/fixtures/tokenizer_subset.bin", &size);
-    static const struct { size_t cut; int flip; const char *message; } cases[] = {
-        {0, 0, "tokenizer.bin, byte 0: found magic"}, {0, 4, "tokenizer.bin, byte 4: found version"},
-        {1, -1, "expected 13"}, {9000, -1, "found the end"}, {1 << 20, -1, "byte 0: found the end, expected a header"},
+    static const struct {
+        size_t cut;
+        int flip;
+        const char *message;
+    } cases[] = {
+        {0, 0, "tokenizer.bin, byte 0: found magic"},
+        {0, 4, "tokenizer.bin, byte 4: found version"},
+        {1, -1, "expected 13"},
+        {9000, -1, "found the end"},
+        {1 << 20, -1, "byte 0: found the end, expected a header"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         write_bytes(in_dir("tokenizer.bin"), text, size > cases[i].cut ? size - cases[i].cut : 0);
@@ -287,15 +316,16 @@ TEST(a_damaged_tokenizer_is_named) {
 typedef struct {
     StFile file;
     Table table;
-    int *tokens, *targets;          // (rows, T)
-    float *logits;                  // (rows * T, V)
+    int *tokens, *targets;  // (rows, T)
+    float *logits;          // (rows * T, V)
     double loss, grad_norm;
-    int count;                      // rows * T
+    int count;  // rows * T
 } DumpFile;
 
 static void dump_open(DumpFile *d, const char *path, int rows, int depth) {
     Flags flags;
-    char depth_text[16], *argv[] = {"", "--depth", depth_text, "--channels", "32", "--vocab", "257"};
+    char depth_text[16],
+        *argv[] = {"", "--depth", depth_text, "--channels", "32", "--vocab", "257"};
     snprintf(depth_text, sizeof depth_text, "%d", depth);
     flags_parse(&flags, flag, 7, argv);
     Config cfg = config_from_flags(&flags, -1, -1);
@@ -305,12 +335,16 @@ static void dump_open(DumpFile *d, const char *path, int rows, int depth) {
     const StTensor *t;
     d->count = rows * CLI_T;
     d->tokens = (int *)read_tensor(&d->file, "tokens", &t);
-    CHECK(t->dtype == ST_I32 && t->ndim == 2 && t->shape[0] == (uint64_t)rows && t->shape[1] == CLI_T);
+    CHECK(t->dtype == ST_I32 && t->ndim == 2 && t->shape[0] == (uint64_t)rows &&
+          t->shape[1] == CLI_T);
     d->targets = (int *)read_tensor(&d->file, "targets", &t);
-    CHECK(t->dtype == ST_I32 && t->ndim == 2 && t->shape[0] == (uint64_t)rows && t->shape[1] == CLI_T);
+    CHECK(t->dtype == ST_I32 && t->ndim == 2 && t->shape[0] == (uint64_t)rows &&
+          t->shape[1] == CLI_T);
     d->logits = (float *)read_tensor(&d->file, "logits", &t);
-    CHECK(t->dtype == ST_F32 && t->ndim == 2 && t->shape[0] == (uint64_t)d->count && t->shape[1] == CLI_V);
-    double *loss = (double *)read_tensor(&d->file, "loss", &t), *norm = (double *)read_tensor(&d->file, "grad_norm", &t);
+    CHECK(t->dtype == ST_F32 && t->ndim == 2 && t->shape[0] == (uint64_t)d->count &&
+          t->shape[1] == CLI_V);
+    double *loss = (double *)read_tensor(&d->file, "loss", &t),
+           *norm = (double *)read_tensor(&d->file, "grad_norm", &t);
     CHECK(t->dtype == ST_F64 && t->ndim == 1 && t->shape[0] == 1);
     d->loss = *loss, d->grad_norm = *norm;
     free(loss), free(norm);
@@ -336,7 +370,8 @@ static float *dump_tensor(DumpFile *d, const char *kind, const Tensor *x) {
     char name[80];
     snprintf(name, sizeof name, "%s.%s", kind, x->name);
     float *data = (float *)read_tensor(&d->file, name, &t);
-    CHECK(data && t->dtype == ST_F32 && t->ndim == x->ndim && t->shape[t->ndim - 1] == (uint64_t)x->cols);
+    CHECK(data && t->dtype == ST_F32 && t->ndim == x->ndim &&
+          t->shape[t->ndim - 1] == (uint64_t)x->cols);
     CHECK(!data || t->ndim == 1 || t->shape[0] == (uint64_t)x->rows);
     return data;
 }
@@ -363,7 +398,8 @@ static void check_dump(DumpFile *d, const Log *csv, int step) {
     double nats = 0, squares = 0;
     CHECK_INT(d->file.count, 5 + 3 * d->table.count);
     for (int i = 0; i < d->count; i++) {
-        CHECK(d->tokens[i] >= 0 && d->tokens[i] < CLI_V && d->targets[i] >= 0 && d->targets[i] < CLI_V);
+        CHECK(d->tokens[i] >= 0 && d->tokens[i] < CLI_V && d->targets[i] >= 0 &&
+              d->targets[i] < CLI_V);
         if (i % CLI_T == 0) CHECK_INT(d->tokens[i], CLI_BOS);
         if ((i + 1) % CLI_T) CHECK_INT(d->targets[i], d->tokens[i + 1]);
         nats += nats_of(d, i);
@@ -373,7 +409,8 @@ static void check_dump(DumpFile *d, const Log *csv, int step) {
     CHECK(d->grad_norm == log_number(csv, step, GRAD_NORM_HEX));
     for (int i = 0; i < d->table.count; i++) {
         float *g = dump_tensor(d, "grad", &d->table.tensor[i]);
-        for (size_t e = 0; e < tensor_numel(&d->table.tensor[i]); e++) squares += (double)g[e] * g[e];
+        for (size_t e = 0; e < tensor_numel(&d->table.tensor[i]); e++)
+            squares += (double)g[e] * g[e];
         free(g);
     }
     CHECK_NEAR(sqrt(squares), d->grad_norm, 1e-9 * d->grad_norm);
@@ -431,7 +468,8 @@ TEST(a_dump_of_sketches_holds_those_of_the_dump) {
         const StTensor *t = &whole.tensors[i], *found;
         char name[80];
         snprintf(name, sizeof name, "%s%s", t->dtype == ST_F32 ? "sketch." : "", t->name);
-        void *data = read_tensor(&whole, t->name, NULL), *other = read_tensor(&sketches, name, &found);
+        void *data = read_tensor(&whole, t->name, NULL),
+             *other = read_tensor(&sketches, name, &found);
         if (t->dtype != ST_F32) {
             CHECK(other && !memcmp(data, other, (size_t)(t->end - t->begin)));
         } else if (other) {
@@ -463,9 +501,11 @@ TEST(validation_does_not_depend_on_the_micro_batch) {
     put_val(true);
     for (int rows = 1; rows <= 4; rows *= 2) {
         Log csv;
-        train_well("--init test --doc-mask 1 --micro-batch %d --val %s --out %s --steps 1", rows, in_dir("val.bin"), in_dir("out%d", rows));
+        train_well("--init test --doc-mask 1 --micro-batch %d --val %s --out %s --steps 1", rows,
+                   in_dir("val.bin"), in_dir("out%d", rows));
         read_log(&csv, in_dir("out%d", rows));
-        if (rows == 1) memcpy(first[0], csv.cell[0][VAL_LOSS], 40), memcpy(first[1], csv.cell[0][VAL_BPB], 40);
+        if (rows == 1)
+            memcpy(first[0], csv.cell[0][VAL_LOSS], 40), memcpy(first[1], csv.cell[0][VAL_BPB], 40);
         CHECK(*first[0] && *first[1]);
         CHECK_STR(csv.cell[0][VAL_LOSS], first[0]);
         CHECK_STR(csv.cell[0][VAL_BPB], first[1]);
@@ -482,7 +522,9 @@ TEST(validation_is_the_mean_over_the_targets) {
         int bytes = 0;
         put_val(many_bos);
         const char *val = in_dir("val.bin");
-        train_well("--init test --train %s --packing stream --batch-tokens 112 --micro-batch 7 --dump %s", val, in_dir("dump"));
+        train_well(
+            "--init test --train %s --packing stream --batch-tokens 112 --micro-batch 7 --dump %s",
+            val, in_dir("dump"));
         dump_open(&d, in_dir("dump"), 7, 1);
         for (int i = 0; i < d.count; i++) {
             double nats = nats_of(&d, i);
@@ -494,8 +536,10 @@ TEST(validation_is_the_mean_over_the_targets) {
         read_log(&csv, in_dir("all%d", many_bos));
         CHECK_NEAR(log_number(&csv, 0, VAL_LOSS), all / d.count, 2e-6);
         CHECK_NEAR(log_number(&csv, 0, VAL_BPB), text / bytes / log(2), 2e-6);
-        if (!many_bos) CHECK_NEAR(log_number(&csv, 0, VAL_BPB), log_number(&csv, 0, VAL_LOSS) / log(2), 2e-6);
-        train_well("--init test --val %s --val-tokens 47 --steps 1 --out %s", val, in_dir("two%d", many_bos));
+        if (!many_bos)
+            CHECK_NEAR(log_number(&csv, 0, VAL_BPB), log_number(&csv, 0, VAL_LOSS) / log(2), 2e-6);
+        train_well("--init test --val %s --val-tokens 47 --steps 1 --out %s", val,
+                   in_dir("two%d", many_bos));
         read_log(&csv, in_dir("two%d", many_bos));
         CHECK_NEAR(log_number(&csv, 0, VAL_LOSS), two / (2 * CLI_T), 2e-6);
     }
@@ -505,7 +549,8 @@ TEST(validation_comes_when_asked_and_changes_nothing) {
     Log without, with;
     put_val(true);
     train_well("--out %s", in_dir("without"));
-    train_well("--out %s --val %s --eval-every 4 --sample-every 1 --sample-tokens 3", in_dir("with"), in_dir("val.bin"));
+    train_well("--out %s --val %s --eval-every 4 --sample-every 1 --sample-tokens 3",
+               in_dir("with"), in_dir("val.bin"));
     read_log(&without, in_dir("without"));
     read_log(&with, in_dir("with"));
     for (int i = 0; i <= 12; i++) {
@@ -513,10 +558,12 @@ TEST(validation_comes_when_asked_and_changes_nothing) {
         CHECK_INT(*without.cell[i][VAL_LOSS] != 0, 0);
         CHECK_STR(with.cell[i][LOSS_HEX], without.cell[i][LOSS_HEX]);
     }
-    CHECK_SAME_FILE(in_dir("with/ckpt/step_00000012/model.safetensors"), in_dir("without/ckpt/step_00000012/model.safetensors"));
+    CHECK_SAME_FILE(in_dir("with/ckpt/step_00000012/model.safetensors"),
+                    in_dir("without/ckpt/step_00000012/model.safetensors"));
     Log last, none;
     train_well("--out %s --val %s --eval-every 0", in_dir("last"), in_dir("val.bin"));
-    train_well("--out %s --val %s --eval-every 0 --tokenizer none --vocab 257", in_dir("none"), in_dir("val.bin"));
+    train_well("--out %s --val %s --eval-every 0 --tokenizer none --vocab 257", in_dir("none"),
+               in_dir("val.bin"));
     read_log(&last, in_dir("last"));
     read_log(&none, in_dir("none"));
     CHECK(!*last.cell[0][VAL_LOSS] && !*last.cell[4][VAL_LOSS]);
@@ -532,7 +579,8 @@ TEST(validation_comes_when_asked_and_changes_nothing) {
 static const char *sample(int which, const char *flags) {
     static char text[4][2000];
     train_well("--resume %s --sample-tokens 40 %s", in_dir("out/ckpt/step_00000012"), flags);
-    const char *begin = strstr(printed, "\nsample: "), *end = begin ? strstr(begin, "\nstep 12/12") : NULL;
+    const char *begin = strstr(printed, "\nsample: "),
+               *end = begin ? strstr(begin, "\nstep 12/12") : NULL;
     CHECK(end != NULL);
     if (end) snprintf(text[which], sizeof text[which], "%.*s", (int)(end - begin - 9), begin + 9);
     return text[which];

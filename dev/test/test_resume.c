@@ -9,7 +9,9 @@
 // ---------------------------------------------------------------------------------------------
 // Saves in the test's folder.
 
-static const char *save_of(const char *out, int step) { return in_dir("%s/ckpt/step_%08d", out, step); }
+static const char *save_of(const char *out, int step) {
+    return in_dir("%s/ckpt/step_%08d", out, step);
+}
 
 static const char *file_of(const char *out, int step, const char *name) {
     return in_dir("%s/ckpt/step_%08d/%s", out, step, name);
@@ -18,7 +20,8 @@ static const char *file_of(const char *out, int step, const char *name) {
 // Both tensor files of a step are the same, byte by byte.
 static void check_same_save(const char *a, const char *b, int step) {
     CHECK_SAME_FILE(file_of(a, step, "model.safetensors"), file_of(b, step, "model.safetensors"));
-    CHECK_SAME_FILE(file_of(a, step, "optim_rank000.safetensors"), file_of(b, step, "optim_rank000.safetensors"));
+    CHECK_SAME_FILE(file_of(a, step, "optim_rank000.safetensors"),
+                    file_of(b, step, "optim_rank000.safetensors"));
 }
 
 // Where the data of a tensor of a save begin in its file.
@@ -54,10 +57,18 @@ static void resume_from_every_step(const char *flags) {
     }
 }
 
-TEST(resume_from_every_step_bestfit) { resume_from_every_step("--depth 3 --val-tokens 64 --eval-every 3"); }
-TEST(resume_from_every_step_stream) { resume_from_every_step("--packing stream --depth 2 --micro-batch 1"); }
-TEST(resume_from_every_step_with_doc_mask) { resume_from_every_step("--doc-mask 1 --init test --grad-clip 0.5"); }
-TEST(resume_from_every_step_with_dropped_tails) { resume_from_every_step("--tails drop --micro-batch 4"); }
+TEST(resume_from_every_step_bestfit) {
+    resume_from_every_step("--depth 3 --val-tokens 64 --eval-every 3");
+}
+TEST(resume_from_every_step_stream) {
+    resume_from_every_step("--packing stream --depth 2 --micro-batch 1");
+}
+TEST(resume_from_every_step_with_doc_mask) {
+    resume_from_every_step("--doc-mask 1 --init test --grad-clip 0.5");
+}
+TEST(resume_from_every_step_with_dropped_tails) {
+    resume_from_every_step("--tails drop --micro-batch 4");
+}
 
 TEST(an_interrupted_run_reads_as_if_nothing_had_happened) {
     Log whole, again;
@@ -87,9 +98,12 @@ TEST(the_same_command_twice_gives_the_same_bits) {
 
 TEST(threads_change_no_bit) {
     Log one, two;
-    const char *flags = "--depth 3 --channels 64 --heads 2 --seq-len 32 --batch-tokens 128 --doc-mask 1";
+    const char *flags =
+        "--depth 3 --channels 64 --heads 2 --seq-len 32 --batch-tokens 128 --doc-mask 1";
     for (int threads = 1; threads <= 2; threads++)
-        CHECK_INT(run("OMP_NUM_THREADS=%d %s %s --out %s", threads, train(), flags, in_dir("threads%d", threads)), 0);
+        CHECK_INT(run("OMP_NUM_THREADS=%d %s %s --out %s", threads, train(), flags,
+                      in_dir("threads%d", threads)),
+                  0);
     read_log(&one, in_dir("threads1"));
     read_log(&two, in_dir("threads2"));
     check_rows(&two, &one, 0);
@@ -99,7 +113,8 @@ TEST(threads_change_no_bit) {
 TEST(the_batch_may_change) {
     Log csv;
     train_well("--steps 6 --out %s", in_dir("out"));
-    train_well("--steps 9 --out %s --resume auto --batch-tokens 128 --micro-batch 4", in_dir("out"));
+    train_well("--steps 9 --out %s --resume auto --batch-tokens 128 --micro-batch 4",
+               in_dir("out"));
     read_log(&csv, in_dir("out"));
     CHECK_INT(csv.rows, 10);
     CHECK_STR(csv.cell[6][TOKENS], "384");
@@ -137,10 +152,14 @@ TEST(a_flipped_bit_in_the_newest_save_costs_one_warning) {
     for (int i = 0; i < 3; i++) {
         train_well("--out %s --save-every 4 --keep 3", in_dir("out"));
         const char *path = file_of("out", 12, files[i]);
-        flip_bit(path, i == 0 ? byte_of(path, "lm_head") : i == 1 ? byte_of(path, "layers.0.wq.first") : 200);
+        flip_bit(path, i == 0   ? byte_of(path, "lm_head")
+                       : i == 1 ? byte_of(path, "layers.0.wq.first")
+                                : 200);
         train_well("--out %s --resume auto", in_dir("out"));
         CHECK_INT(count_said("warning: "), 1);
-        CHECK_SAID(i == 0 ? "tensor lm_head is damaged" : i == 1 ? "tensor layers.0.wq.first is damaged" : "meta.json");
+        CHECK_SAID(i == 0   ? "tensor lm_head is damaged"
+                   : i == 1 ? "tensor layers.0.wq.first is damaged"
+                            : "meta.json");
         CHECK_SAID("step_00000008: 8 steps, 512 tokens");
         check_same_save("out", "whole", 12);  // and the damaged save has a whole one in its place
         CHECK_INT(io_remove(in_dir("out")), 0);
@@ -216,7 +235,8 @@ TEST(a_run_does_not_mix_its_saves_with_those_of_another) {
     train_well("--out %s --save-every 4 --keep 5", in_dir("out"));
     CHECK_INT(run("%s --out %s --seed 2", train(), in_dir("out")), EXIT_USAGE);
     CHECK_SAID("step_00000012");
-    CHECK_INT(run("%s --out %s --resume %s", train(), in_dir("out"), save_of("out", 4)), EXIT_USAGE);
+    CHECK_INT(run("%s --out %s --resume %s", train(), in_dir("out"), save_of("out", 4)),
+              EXIT_USAGE);
     CHECK_SAID("step_00000012");
     Log csv;
     read_log(&csv, in_dir("out"));
@@ -247,7 +267,8 @@ TEST(other_data_than_the_saves_is_named) {
     CHECK_INT(io_remove(in_dir("s03.bin")), 0);
     CHECK_INT(io_remove(in_dir("s02.bin")), 0);
     refuse_data("expected 's02.bin 131 ");
-    CHECK_INT(run("cd %s && mv s00.bin t && mv s01.bin s00.bin && mv t s01.bin", dir), 0);  // reordered
+    CHECK_INT(run("cd %s && mv s00.bin t && mv s01.bin s00.bin && mv t s01.bin", dir),
+              0);  // reordered
     refuse_data("found 's00.bin 90 ");
     flip_bit(in_dir("s02.bin"), 1024 + 2 * 60);  // one token is another
     refuse_data("found 's02.bin 131 ");
@@ -274,11 +295,13 @@ static void fill_tensor(const char *save, const char *name, double value) {
     for (int i = 0; i < f.count; i++) {
         const StTensor *t;
         float *x = (float *)read_tensor(&f, f.tensors[i].name, &t);
-        for (uint64_t e = 0; !strcmp(t->name, name) && e < (t->end - t->begin) / sizeof *x; e++) x[e] = (float)value;
+        for (uint64_t e = 0; !strcmp(t->name, name) && e < (t->end - t->begin) / sizeof *x; e++)
+            x[e] = (float)value;
         tensors[i] = st_tensor(t->name, t->dtype, t->ndim, t->shape, x);
     }
     CHECK(st_find(&f, name) != NULL);
-    if (st_write(path, tensors, f.count, NULL, 0) || ckpt_write_meta(&meta, save)) die(1, "%s", io_error);
+    if (st_write(path, tensors, f.count, NULL, 0) || ckpt_write_meta(&meta, save))
+        die(1, "%s", io_error);
     for (int i = 0; i < f.count; i++) free((void *)tensors[i].data);
     st_close(&f), ckpt_meta_free(&meta);
 }
@@ -295,7 +318,8 @@ static void check_saves_are_finite(const char *out, int steps) {
             float *x = (float *)read_tensor(&f, f.tensors[i].name, &t);
             uint64_t bad = 0;
             for (uint64_t e = 0; e < (t->end - t->begin) / sizeof *x; e++) bad += !isfinite(x[e]);
-            test_check(bad == 0, __FILE__, __LINE__, "step %d: %s has %d numbers that are not finite", step, t->name, (int)bad);
+            test_check(bad == 0, __FILE__, __LINE__,
+                       "step %d: %s has %d numbers that are not finite", step, t->name, (int)bad);
             free(x);
         }
         st_close(&f);
@@ -304,7 +328,9 @@ static void check_saves_are_finite(const char *out, int steps) {
 
 // Matrices that each step multiplies by -500,000 soon overflow.
 TEST(a_run_that_diverges_ends_before_it_saves_what_is_not_finite) {
-    int code = run("%s --out %s --save-every 1 --keep 100 --lr-matrix 1000 --wd-matrix 1000 --steps 30", train(), in_dir("out"));
+    int code =
+        run("%s --out %s --save-every 1 --keep 100 --lr-matrix 1000 --wd-matrix 1000 --steps 30",
+            train(), in_dir("out"));
     CHECK_INT(code, EXIT_NONFINITE);
     CHECK_SAID("error: step ");
     CHECK_INT(count_said("error: "), 1);
@@ -320,7 +346,8 @@ TEST(a_gradient_that_is_not_finite_is_named) {
     fill_tensor(save_of("out", 1), "smear_lambda", 1e37);
     fill_tensor(save_of("out", 1), "resid_lambda", 0);
     fill_tensor(save_of("out", 1), "x0_lambda", 1e-41);
-    CHECK_INT(run("%s --out %s --resume auto --save-every 1", train(), in_dir("out")), EXIT_NONFINITE);
+    CHECK_INT(run("%s --out %s --resume auto --save-every 1", train(), in_dir("out")),
+              EXIT_NONFINITE);
     CHECK_SAID("error: step 1: found loss ");
     CHECK_NOT_SAID("found loss nan");
     CHECK_SAID("gradient norm inf, first in resid_lambda;");
@@ -345,7 +372,8 @@ static int stride(void) {
 // Goes on after a run that ended early: it must load a save, or start anew, and reach the same end.
 static void check_goes_on(const char *out, const char *reference) {
     int code = run("%s " SHORT " --out %s --resume auto", train(), in_dir("%s", out));
-    test_check(code == 0 && count_said("warning: ") == 0, __FILE__, __LINE__, "exit code %d; it said: %s", code, printed);
+    test_check(code == 0 && count_said("warning: ") == 0, __FILE__, __LINE__,
+               "exit code %d; it said: %s", code, printed);
     check_same_save(out, reference, 3);
 }
 
@@ -356,7 +384,8 @@ TEST(a_run_killed_at_any_call_goes_on_to_the_same_end) {
     train_well(SHORT " --out %s", in_dir("whole"));
     read_log(&expected, in_dir("whole"));
     for (calls = 1;; calls += stride()) {
-        int code = run("IO_FAULT=exit:%d %s " SHORT " --out %s", calls, train_with_faults(), in_dir("out"));
+        int code = run("IO_FAULT=exit:%d %s " SHORT " --out %s", calls, train_with_faults(),
+                       in_dir("out"));
         if (code == 0) break;
         CHECK_INT(code, 42);  // IO_FAULT_EXIT_CODE
         check_goes_on("out", "whole");
@@ -371,9 +400,11 @@ TEST(a_run_with_a_full_disk_at_any_call_goes_on_to_the_same_end) {
     int lost = 0, ended = 0;
     train_well(SHORT " --out %s", in_dir("whole"));
     for (int at = 1; at < calls; at += stride()) {
-        int code = run("IO_FAULT=enospc:%d %s " SHORT " --out %s", at, train_with_faults(), in_dir("out"));
+        int code =
+            run("IO_FAULT=enospc:%d %s " SHORT " --out %s", at, train_with_faults(), in_dir("out"));
         if (code) CHECK(count_said("error: ") == 1 && count_said("No space left on device"));
-        CHECK(code == 0 || code == EXIT_DATA || code == EXIT_CHECKPOINT || (code == EXIT_USAGE && count_said("--out: ")));
+        CHECK(code == 0 || code == EXIT_DATA || code == EXIT_CHECKPOINT ||
+              (code == EXIT_USAGE && count_said("--out: ")));
         lost += count_said("is not saved, training goes on: "), ended += code != 0;
         check_goes_on("out", "whole");
         CHECK_INT(io_remove(in_dir("out")), 0);
@@ -388,9 +419,10 @@ TEST(a_disk_that_stays_full_does_not_stop_training) {
     train_well("--out %s", in_dir("whole"));
     train_well("--out %s --save-every 4 --keep 3", in_dir("out"));
     CHECK_INT(io_remove(save_of("out", 12)) || io_remove(save_of("out", 8)), 0);
-    int code = run("(trap '' XFSZ; ulimit -f 64; exec %s --out %s --resume auto --save-every 2)", train(), in_dir("out"));
+    int code = run("(trap '' XFSZ; ulimit -f 64; exec %s --out %s --resume auto --save-every 2)",
+                   train(), in_dir("out"));
     CHECK_INT(count_said("is not saved, training goes on"), 4);  // after steps 6, 8, 10, 12
-    CHECK_INT(code, EXIT_CHECKPOINT);          // the last of them is an error
+    CHECK_INT(code, EXIT_CHECKPOINT);                            // the last of them is an error
     CHECK_STR(listing(in_dir("out/ckpt")), "step_00000004");
     read_log(&whole, in_dir("whole"));
     read_log(&csv, in_dir("out"));
