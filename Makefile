@@ -41,6 +41,10 @@ $(BUILD)/%: dev/data/%.c $(BUILD)/flags
 $(BUILD)/test/%: dev/test/%.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -DIO_FAULTS $< -o $@ $(LDLIBS)
 
+# The trainer with faults to inject into its file access.
+$(BUILD)/test/train_gpt2: train_gpt2.c $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) -DIO_FAULTS $< -o $@ $(LDLIBS)
+
 $(BUILD)/bench/%: dev/bench/%.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $(BLAS) $< -o $@ $(BLAS_L) $(LDLIBS)
 
@@ -51,7 +55,7 @@ quickstart: all
 	@scripts/quickstart.sh $(BUILD)
 
 # Every test that needs no GPU; the last line is "N passed, N failed".
-test: all $(TESTS)
+test: all $(TESTS) $(BUILD)/test/train_gpt2
 	@BUILD=$(BUILD) dev/test/run.sh $(TESTS)
 
 # The same tests under AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -1,5 +1,5 @@
-// train_gpt2.c: a GPT-2 of 2026, trained on the CPU in FP32. The oracle of the CUDA trainer, and the
-// explanation of the model: every operation is a function with its formula above it.
+// train_gpt2.c: a GPT-2 of 2026, trained on the CPU in FP32. The oracle of the CUDA trainer, and
+// the explanation of the model: every operation is a function with its formula above it.
 //
 //     x  = N(wte[idx])                          N(x) = x / sqrt(mean(x^2) + 2^-23), over channels
 //     x  = x + smear(x)                         a gated part of the token before
@@ -58,15 +58,17 @@ static inline void axpy(float *restrict y, float a, const float *restrict x, int
     for (int i = 0; i < n; i++) y[i] += a * x[i];
 }
 
-// e^x in double for |x| <= 700, to 1e-15: 2^k e^r with |r| <= ln(2)/2. Branchless, so that loops over
-// it become vector code; libm's exp would take longer than the head's matmul at V = 50257.
+// e^x in double for |x| <= 700, to 1e-15: 2^k e^r with |r| <= ln(2)/2. Branchless, so that loops
+// over it become vector code; libm's exp would take longer than the head's matmul at V = 50257.
 static inline double exp_inline(double x) {
-    const double shift = 0x1.8p52;                     // adding it leaves the rounded k in the low bits
+    const double shift = 0x1.8p52;  // adding it leaves the rounded k in the low bits
     double k = x * 1.4426950408889634 + shift, whole = k - shift, scale;
     double r = x - whole * 6.93147180369123816490e-01 - whole * 1.90821492927058770002e-10;
-    double p = 1 + r * (1 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 +
-               r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * (1.0 / 3628800 +
-               r * (1.0 / 39916800)))))))))));
+    // clang-format off
+    double p = 1 + r * (1 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 +
+               r * (1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 +
+               r * (1.0 / 3628800 + r * (1.0 / 39916800)))))))))));
+    // clang-format on
     uint64_t bits;
     memcpy(&bits, &k, sizeof bits);
     bits = (bits + 1023) << 52;
@@ -114,7 +116,8 @@ static void embed_forward(float *y,            // (n, C)
                           const float *table,  // (Vp, C)
                           int64_t n, int C) {
 #pragma omp parallel for
-    for (int64_t t = 0; t < n; t++) memcpy(y + t * C, table + (int64_t)idx[t] * C, sizeof(float) * (size_t)C);
+    for (int64_t t = 0; t < n; t++)
+        memcpy(y + t * C, table + (int64_t)idx[t] * C, sizeof(float) * (size_t)C);
 }
 
 // dtable[idx[t]] += dy[t]. Tokens repeat, so threads share out the channels, not the tokens.
@@ -126,25 +129,28 @@ static void embed_backward(float *dtable,    // (Vp, C)
 #pragma omp parallel for
     for (int c0 = 0; c0 < C; c0 += slice)
         for (int64_t t = 0; t < n; t++)
-            for (int c = c0; c < c0 + slice && c < C; c++) dtable[(int64_t)idx[t] * C + c] += dy[t * C + c];
+            for (int c = c0; c < c0 + slice && c < C; c++)
+                dtable[(int64_t)idx[t] * C + c] += dy[t * C + c];
 }
 
-// Where the document of each token begins: the last BOS up to t in its row, or the row's start. With
-// doc_mask 0 the row is one document. A token is its document's first iff doc_start[t] == t.
+// Where the document of each token begins: the last BOS up to t in its row, or the row's start.
+// With doc_mask 0 the row is one document. A token is its document's first iff doc_start[t] == t.
 static void find_documents(int *doc_start,  // (B, T), positions in the row
                            const int *idx,  // (B, T)
                            int B, int T, int bos, bool doc_mask) {
     for (int b = 0; b < B; b++)
-        for (int t = 0; t < T; t++)
-            doc_start[b * T + t] = t == 0 ? 0 : doc_mask && idx[b * T + t] == bos ? t : doc_start[b * T + t - 1];
+        for (int t = 0; t < T; t++) {
+            bool first = t == 0 || (doc_mask && idx[b * T + t] == bos);
+            doc_start[b * T + t] = first ? t : doc_start[b * T + t - 1];
+        }
 }
 
 // y[t] = x[t] + lambda s[t] x[t-1],  s[t] = sigmoid(x[t][0:24] . gate); y[t] = x[t] at a document's
 // start. (modded-nanogpt's smear: a token mixes with the one before it at almost no cost.)
-static void smear_forward(float *y,              // (B, T, C)
-                          float *s,              // (B, T), 0 at a document's start
-                          const float *x,        // (B, T, C)
-                          const float *gate,     // (24)
+static void smear_forward(float *y,           // (B, T, C)
+                          float *s,           // (B, T), 0 at a document's start
+                          const float *x,     // (B, T, C)
+                          const float *gate,  // (24)
                           float lambda,
                           const int *doc_start,  // (B, T)
                           int B, int T, int C) {
@@ -153,29 +159,31 @@ static void smear_forward(float *y,              // (B, T, C)
         const float *xi = x + i * C, *before = xi - C;
         bool first = doc_start[i] == i % T;
         s[i] = first ? 0 : (float)sigmoid(dot(xi, gate, SMEAR_CHANNELS));
-        for (int c = 0; c < C; c++) y[i * C + c] = first ? xi[c] : xi[c] + lambda * s[i] * before[c];
+        for (int c = 0; c < C; c++)
+            y[i * C + c] = first ? xi[c] : xi[c] + lambda * s[i] * before[c];
     }
 }
 
 // dx[t] = dy[t] + lambda s[t+1] dy[t+1]        t's own term, and its part in the token after it
 // with  g = <dy[t], x[t-1]>:   dlambda += s[t] g,   dz = lambda g s (1 - s),
 //                              dx[t][0:24] += dz gate,   dgate += dz x[t][0:24]
-static void smear_backward(float *dx,             // (B, T, C)
-                           float *dgate,          // (24)
-                           float *dlambda,        // (1)
-                           const float *dy,       // (B, T, C)
-                           const float *x,        // (B, T, C)
-                           const float *s,        // (B, T)
-                           const float *gate,     // (24)
+static void smear_backward(float *dx,          // (B, T, C)
+                           float *dgate,       // (24)
+                           float *dlambda,     // (1)
+                           const float *dy,    // (B, T, C)
+                           const float *x,     // (B, T, C)
+                           const float *s,     // (B, T)
+                           const float *gate,  // (24)
                            float lambda,
-                           double *g,             // (B, T) scratch
+                           double *g,  // (B, T) scratch
                            int B, int T, int C) {
     int64_t n = (int64_t)B * T;
 #pragma omp parallel for
     for (int64_t i = 0; i < n; i++) {
         bool passed_on = (i + 1) % T && s[i + 1] != 0;
         for (int c = 0; c < C; c++)
-            dx[i * C + c] = dy[i * C + c] + (passed_on ? lambda * s[i + 1] * dy[(i + 1) * C + c] : 0);
+            dx[i * C + c] =
+                dy[i * C + c] + (passed_on ? lambda * s[i + 1] * dy[(i + 1) * C + c] : 0);
         g[i] = s[i] != 0 ? dot(dy + i * C, x + (i - 1) * C, C) : 0;
         float dz = (float)(lambda * g[i] * s[i] * (1 - s[i]));
         for (int c = 0; c < SMEAR_CHANNELS; c++) dx[i * C + c] += dz * gate[c];
@@ -191,13 +199,15 @@ static void smear_backward(float *dx,             // (B, T, C)
 }
 
 // y = lambda x + lambda0 x0: what a layer starts from.
-static void mix_forward(float *y, const float *x, const float *x0, float lambda, float lambda0, int64_t count) {
+static void mix_forward(float *y, const float *x, const float *x0, float lambda, float lambda0,
+                        int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) y[i] = lambda * x[i] + lambda0 * x0[i];
 }
 
 // <a, b> over n tokens of C channels; the token sums are added in order.
-static double dot_tokens(const float *a, const float *b, double *partial /* (n) scratch */, int64_t n, int C) {
+static double dot_tokens(const float *a, const float *b, double *partial /* (n) scratch */,
+                         int64_t n, int C) {
 #pragma omp parallel for
     for (int64_t t = 0; t < n; t++) partial[t] = dot(a + t * C, b + t * C, C);
     double sum = 0;
@@ -206,8 +216,9 @@ static double dot_tokens(const float *a, const float *b, double *partial /* (n) 
 }
 
 // dlambda += <dy, x>, dlambda0 += <dy, x0>, dx0 += lambda0 dy, dx = lambda dy. dx may be dy.
-static void mix_backward(float *dx, float *dx0, float *dlambda, float *dlambda0, const float *dy, const float *x,
-                         const float *x0, float lambda, float lambda0, double *partial, int64_t n, int C) {
+static void mix_backward(float *dx, float *dx0, float *dlambda, float *dlambda0, const float *dy,
+                         const float *x, const float *x0, float lambda, float lambda0,
+                         double *partial, int64_t n, int C) {
     *dlambda += (float)dot_tokens(dy, x, partial, n, C);
     *dlambda0 += (float)dot_tokens(dy, x0, partial, n, C);
 #pragma omp parallel for
@@ -231,7 +242,8 @@ static void rope_init(float *cosine,  // (T, D/2)
 
 // Half-split rotation of one head (RoFormer, Su et al. 2021), dims j and j + D/2 as a pair:
 //     y1 = x1 cos + x2 sin,   y2 = x2 cos - x1 sin.    direction -1 rotates back.
-static void rope_rotate(float *x, const float *cosine, const float *sine, int half, float direction) {
+static void rope_rotate(float *x, const float *cosine, const float *sine, int half,
+                        float direction) {
     for (int j = 0; j < half; j++) {
         float x1 = x[j], x2 = x[j + half], s = direction * sine[j];
         x[j] = x1 * cosine[j] + x2 * s;
@@ -296,8 +308,9 @@ static void value_embed_forward(float *v,            // (n, 3C) rows, v's part o
         }
 }
 
-// dtable[idx[t]][h] += gate dv[t][h];   dgate = <dv[t][h], table[idx[t]][h]>,  dz = dgate 3 s (1 - s):
-// dw[h] += dz x[t][0:12],   dx[t][0:12] += dz w[h].    v's own gradient is dv, unchanged.
+// dtable[idx[t]][h] += gate dv[t][h],   dgate = <dv[t][h], table[idx[t]][h]>,
+// dz = dgate 3 s (1 - s),   dw[h] += dz x[t][0:12],   dx[t][0:12] += dz w[h].
+// v's own gradient is dv, unchanged.
 static void value_embed_backward(float *dtable,       // (Vp, C)
                                  float *dw,           // (H, 12)
                                  float *dx,           // (n, C)
@@ -340,12 +353,13 @@ static int first_key(int i, int W, int doc_start) {
 
 // p_j = exp(scale q_i . k_j - lse_i): for one query the softmax weights of its keys first .. i.
 static void attention_weights(float *p,  // (i - first + 1)
-                              const float *q, const float *k, double scale, double lse, int count, int64_t row, int D) {
+                              const float *q, const float *k, double scale, double lse, int count,
+                              int64_t row, int D) {
     for (int j = 0; j < count; j++) p[j] = (float)(scale * dot(q, k + j * row, D) - lse);
     for (int j = 0; j < count; j++) p[j] = (float)exp_inline(p[j] > -700 ? p[j] : -700);
 }
 
-// o_i = sum_j p_ij v_j over the visible keys j, p_i = softmax_j(scale q_i . k_j), scale = 1.44/sqrt(D).
+// o_i = sum_j p_ij v_j over the visible keys j, p_i = softmax_j(scale q_i . k_j).
 // q, k, v are the parts of packed rows of 3C. Keeps lse_i = log sum_j exp(scale q_i . k_j).
 static void attention_forward(float *o,              // (B, T, C)
                               float *lse,            // (B, T, H)
@@ -362,7 +376,8 @@ static void attention_forward(float *o,              // (B, T, C)
             for (int i = 0; i < T; i++) {
                 int64_t b = bh / H, h = bh % H, at = b * T + i, row = 3 * C;
                 int first = first_key(i, W, doc_start[at]), count = i - first + 1;
-                const float *q = qkv + at * row + h * D, *k = qkv + (b * T + first) * row + C + h * D, *v = k + C;
+                const float *q = qkv + at * row + h * D,
+                            *k = qkv + (b * T + first) * row + C + h * D, *v = k + C;
                 for (int j = 0; j < count; j++) p[j] = (float)(scale * dot(q, k + j * row, D));
                 float largest = p[0];
                 for (int j = 1; j < count; j++) largest = p[j] > largest ? p[j] : largest;
@@ -400,7 +415,8 @@ static void attention_backward(float *dqkv,           // (B, T, 3C)
                 int first = first_key(i, W, doc_start[at]), count = i - first + 1;
                 const float *q = qkv + at * row + h * D, *doi = dout + at * C + h * D;
                 const float *k = qkv + (b * T + first) * row + C + h * D, *v = k + C;
-                float *dq = dqkv + at * row + h * D, *dk = dqkv + (b * T + first) * row + C + h * D, *dv = dk + C;
+                float *dq = dqkv + at * row + h * D, *dk = dqkv + (b * T + first) * row + C + h * D,
+                      *dv = dk + C;
                 double delta = dot(doi, o + at * C + h * D, D);
                 attention_weights(p, q, k, scale, lse[at * H + h], count, row, D);
                 for (int j = 0; j < count; j++) {
@@ -433,14 +449,15 @@ static void relu2_backward(float *dx, const float *dy, const float *x, int64_t c
 }
 
 // y = x - lambda xb
-static void backout_forward(float *y, const float *x, const float *xb, float lambda, int64_t count) {
+static void backout_forward(float *y, const float *x, const float *xb, float lambda,
+                            int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) y[i] = x[i] - lambda * xb[i];
 }
 
 // dlambda += -<dy, xb>,   dxb = -lambda dy;   dx = dy.
-static void backout_backward(float *dxb, float *dlambda, const float *dy, const float *xb, float lambda,
-                             double *partial, int64_t n, int C) {
+static void backout_backward(float *dxb, float *dlambda, const float *dy, const float *xb,
+                             float lambda, double *partial, int64_t n, int C) {
     *dlambda -= (float)dot_tokens(dy, xb, partial, n, C);
 #pragma omp parallel for
     for (int64_t i = 0; i < n * C; i++) dxb[i] = -lambda * dy[i];
@@ -454,7 +471,7 @@ static void softcap_forward(float *z, int count) {
     }
 }
 
-// For each row: z = softcap(a), loss = log sum_v exp(z_v) - z_target. |z| <= 15, so exp needs no shift.
+// For each row: z = softcap(a), loss = log sum_v exp(z_v) - z_target. |z| <= 15: exp needs no shift.
 static void classifier_forward(float *logits,       // (rows, V), a in, z out
                                double *losses,      // (rows)
                                const int *targets,  // (rows)
@@ -470,7 +487,8 @@ static void classifier_forward(float *logits,       // (rows, V), a in, z out
     }
 }
 
-// In place: da_v = scale (softmax(z)_v - [v = target]) (1 - (z_v/15)^2). exp(-loss) = e^z_target / sum.
+// In place: da_v = scale (softmax(z)_v - [v = target]) (1 - (z_v/15)^2).
+// The forward pass left log sum_v exp(z_v) = loss + z_target.
 static void classifier_backward(float *logits,         // (rows, V), z in, da out
                                 const double *losses,  // (rows)
                                 const int *targets,    // (rows)
@@ -512,23 +530,25 @@ typedef struct {
 
 // What forward keeps for backward, and backward's own scratch. n = B*T tokens of a micro-batch.
 typedef struct {
-    float *embed, *embed_r;    // (n, C), (n): N(wte[idx]) and its factors
-    float *smear;              // (n): the smear gates
-    float *x0;                 // (n, C): the stream behind the smear
-    float *stream;             // (L + 1, n, C): the residual stream as it enters each layer, and leaves the last
+    float *embed, *embed_r;  // (n, C), (n): N(wte[idx]) and its factors
+    float *smear;            // (n): the smear gates
+    float *x0;               // (n, C): the stream behind the smear
+    float
+        *stream;  // (L + 1, n, C): the residual stream as it enters each layer, and leaves the last
     float *h1, *r1, *h2, *r2;  // (L, n, C), (L, n): the normed inputs of attention and MLP
-    float *qkv, *qk_r;         // (L, n, 3C), (L, n, 2H): q and k normed and rotated, v with its value embedding
-    float *gate;               // (L, n, H): the value embedding's gates
-    float *att, *lse;          // (L, n, C), (L, n, H): attention's output before wo, and its softmax sums
-    float *fc;                 // (L, n, F): h2 wfc^T
-    float *hf, *rf;            // (n, C), (n): the normed input of the head
-    float *logits;             // (HEAD_ROWS, V): the head goes through the tokens in chunks
+    float *qkv,
+        *qk_r;    // (L, n, 3C), (L, n, 2H): q and k normed and rotated, v with its value embedding
+    float *gate;  // (L, n, H): the value embedding's gates
+    float *att, *lse;  // (L, n, C), (L, n, H): attention's output before wo, and its softmax sums
+    float *fc;         // (L, n, F): h2 wfc^T
+    float *hf, *rf;    // (n, C), (n): the normed input of the head
+    float *logits;     // (HEAD_ROWS, V): the head goes through the tokens in chunks
     float *x, *dh, *dx, *dx0, *dxb;  // (n, C) each
-    float *dqkv;               // (n, 3C)
-    float *relu2, *dfc;        // (n, F) each
-    double *losses;            // (n): nats of each target
-    double *partial;           // (n, H): sums of one token, before they are added in order
-    int *doc_start;            // (n)
+    float *dqkv;                     // (n, 3C)
+    float *relu2, *dfc;              // (n, F) each
+    double *losses;                  // (n): nats of each target
+    double *partial;                 // (n, H): sums of one token, before they are added in order
+    int *doc_start;                  // (n)
 } Activations;
 
 enum { HEAD_ROWS = 512 };
@@ -541,22 +561,25 @@ typedef struct {
     float *state1, *state2;  // (table.numel), (table.state_numel): the optimizer's
     Weights w, dw;           // views of params and grads
     Activations a;
-    void *activations;       // the memory behind a
-    float *cosine, *sine;    // (T, D/2) each
+    void *activations;     // the memory behind a
+    float *cosine, *sine;  // (T, D/2) each
 } Model;
 
 static Weights weights_view(const Table *t, const Config *c, float *arena) {
     Weights w;
     memset(&w, 0, sizeof w);
-#define AT(role, layer) (table_find(t, role, layer) ? arena + table_find(t, role, layer)->offset : NULL)
+#define AT(role, layer)                                                                            \
+    (table_find(t, role, layer) ? arena + table_find(t, role, layer)->offset : NULL)
     w.wte = AT(WTE, -1), w.lm_head = AT(LM_HEAD, -1);
     w.smear_gate = AT(SMEAR_GATE, -1), w.smear_lambda = AT(SMEAR_LAMBDA, -1);
-    w.resid_lambda = AT(RESID_LAMBDA, -1), w.x0_lambda = AT(X0_LAMBDA, -1), w.backout_lambda = AT(BACKOUT_LAMBDA, -1);
+    w.resid_lambda = AT(RESID_LAMBDA, -1), w.x0_lambda = AT(X0_LAMBDA, -1),
+    w.backout_lambda = AT(BACKOUT_LAMBDA, -1);
     for (int i = 0; i < c->L; i++) {
         w.layer[i].wqkv = AT(WQ, i), w.layer[i].wo = AT(WO, i);
         w.layer[i].wfc = AT(WFC, i), w.layer[i].wproj = AT(WPROJ, i);
         w.layer[i].ve_gate = AT(VE_GATE, i), w.layer[i].value_embed = AT(VALUE_EMBED, i);
-        assert(AT(WK, i) == w.layer[i].wqkv + c->C * c->C && AT(WV, i) == w.layer[i].wqkv + 2 * c->C * c->C);
+        assert(AT(WK, i) == w.layer[i].wqkv + c->C * c->C &&
+               AT(WV, i) == w.layer[i].wqkv + 2 * c->C * c->C);
     }
 #undef AT
     return w;
@@ -564,16 +587,21 @@ static Weights weights_view(const Table *t, const Config *c, float *arena) {
 
 // Lays the activations of B rows out from `memory` on; returns their bytes. NULL: only counts.
 static size_t activations_layout(Activations *a, const Config *c, int B, char *memory) {
-    size_t n = (size_t)B * (size_t)c->T, L = (size_t)c->L, C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F;
+    size_t n = (size_t)B * (size_t)c->T, L = (size_t)c->L;
+    size_t C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F;
+    // clang-format off
     struct { void *field; size_t elements, size; } parts[] = {
-        {&a->embed, n * C, 4}, {&a->embed_r, n, 4}, {&a->smear, n, 4}, {&a->x0, n * C, 4}, {&a->stream, (L + 1) * n * C, 4},
+        {&a->embed, n * C, 4}, {&a->embed_r, n, 4}, {&a->smear, n, 4}, {&a->x0, n * C, 4},
+        {&a->stream, (L + 1) * n * C, 4},
         {&a->h1, L * n * C, 4}, {&a->r1, L * n, 4}, {&a->h2, L * n * C, 4}, {&a->r2, L * n, 4},
         {&a->qkv, L * n * 3 * C, 4}, {&a->qk_r, L * n * 2 * H, 4}, {&a->gate, L * n * H, 4},
-        {&a->att, L * n * C, 4}, {&a->lse, L * n * H, 4}, {&a->fc, L * n * F, 4}, {&a->hf, n * C, 4}, {&a->rf, n, 4},
-        {&a->logits, HEAD_ROWS * (size_t)c->V, 4}, {&a->x, n * C, 4}, {&a->dh, n * C, 4}, {&a->dx, n * C, 4},
-        {&a->dx0, n * C, 4}, {&a->dxb, n * C, 4}, {&a->dqkv, n * 3 * C, 4}, {&a->relu2, n * F, 4}, {&a->dfc, n * F, 4},
+        {&a->att, L * n * C, 4}, {&a->lse, L * n * H, 4}, {&a->fc, L * n * F, 4},
+        {&a->hf, n * C, 4}, {&a->rf, n, 4}, {&a->logits, HEAD_ROWS * (size_t)c->V, 4},
+        {&a->x, n * C, 4}, {&a->dh, n * C, 4}, {&a->dx, n * C, 4}, {&a->dx0, n * C, 4},
+        {&a->dxb, n * C, 4}, {&a->dqkv, n * 3 * C, 4}, {&a->relu2, n * F, 4}, {&a->dfc, n * F, 4},
         {&a->losses, n, 8}, {&a->partial, n * H, 8}, {&a->doc_start, n, 4},
     };
+    // clang-format on
     size_t at = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         if (memory) *(void **)parts[i].field = memory + at;
@@ -591,8 +619,10 @@ static void model_init(Model *m, const Config *cfg, int B, uint32_t seed, bool t
     m->params = die_alloc(numel, sizeof(float), "the parameters; lower --depth");
     m->grads = die_alloc(numel, sizeof(float), "the gradients; lower --depth");
     m->state1 = die_alloc(numel, sizeof(float), "the optimizer's first state; lower --depth");
-    m->state2 = die_alloc(m->table.state_numel, sizeof(float), "the optimizer's second state; lower --depth");
-    m->activations = die_alloc(activations_layout(&m->a, cfg, B, NULL), 1, "the activations; lower --micro-batch");
+    m->state2 = die_alloc(m->table.state_numel, sizeof(float),
+                          "the optimizer's second state; lower --depth");
+    m->activations = die_alloc(activations_layout(&m->a, cfg, B, NULL), 1,
+                               "the activations; lower --micro-batch");
     activations_layout(&m->a, cfg, B, m->activations);
     m->w = weights_view(&m->table, cfg, m->params);
     m->dw = weights_view(&m->table, cfg, m->grads);
@@ -621,7 +651,8 @@ static void trunk_forward(Model *m, const int *idx /* (B, T) */, int B, int T) {
     find_documents(a->doc_start, idx, B, T, c->bos, c->doc_mask);
     embed_forward(a->x, idx, w->wte, n, C);
     norm_forward(a->embed, a->embed_r, a->x, n, C);
-    smear_forward(a->x0, a->smear, a->embed, w->smear_gate, *w->smear_lambda, a->doc_start, B, T, C);
+    smear_forward(a->x0, a->smear, a->embed, w->smear_gate, *w->smear_lambda, a->doc_start, B, T,
+                  C);
     memcpy(a->stream, a->x0, sizeof(float) * (size_t)(n * C));
     for (int i = 0; i < c->L; i++) {
         const float *x_in = a->stream + i * n * C;
@@ -632,7 +663,8 @@ static void trunk_forward(Model *m, const int *idx /* (B, T) */, int B, int T) {
         norm_forward(h1, a->r1 + i * n, a->x, n, C);
         matmul_forward(qkv, h1, w->layer[i].wqkv, n, C, 3 * C);
         if (w->layer[i].value_embed)
-            value_embed_forward(qkv + 2 * C, a->gate + i * n * H, h1, w->layer[i].ve_gate, w->layer[i].value_embed, idx, n, H, D);
+            value_embed_forward(qkv + 2 * C, a->gate + i * n * H, h1, w->layer[i].ve_gate,
+                                w->layer[i].value_embed, idx, n, H, D);
         qk_forward(qkv, a->qk_r + i * n * 2 * H, m->cosine, m->sine, B, T, H, D);
         attention_forward(att, a->lse + i * n * H, qkv, a->doc_start, c->window[i], B, T, H, D);
         matmul_forward(x_out, att, w->layer[i].wo, n, C, C);
@@ -649,8 +681,9 @@ static void trunk_forward(Model *m, const int *idx /* (B, T) */, int B, int T) {
 }
 
 // Logits and loss of n tokens, in chunks of HEAD_ROWS: the logits of a whole micro-batch are never
-// there at once. Returns the sum of the targets' nats; each is in a->losses. With grad_scale > 0 also
-// the gradient: into dw->lm_head, and for the trunk into a->dh. keep: where to copy the logits, or NULL.
+// there at once. Returns the sum of the targets' nats; each is in a->losses. With grad_scale > 0
+// also the gradient: into dw->lm_head, and for the trunk into a->dh. keep: where to copy the
+// logits, or NULL.
 static double head_loss(Model *m, const int *targets, int64_t n, double grad_scale, float *keep) {
     int C = m->cfg.C, V = m->cfg.V;
     Activations *a = &m->a;
@@ -669,8 +702,8 @@ static double head_loss(Model *m, const int *targets, int64_t n, double grad_sca
     return sum;
 }
 
-// One layer's backward: a->dx comes in as the gradient of the stream that leaves layer i, and goes out
-// as that of the stream that enters it. Each step undoes the line of trunk_forward it names.
+// One layer's backward: a->dx comes in as the gradient of the stream that leaves layer i, and goes
+// out as that of the stream that enters it. Each step undoes the line of trunk_forward it names.
 static void layer_backward(Model *m, const int *idx, int i, int B, int T) {
     const Config *c = &m->cfg;
     const Weights *w = &m->w, *dw = &m->dw;
@@ -691,18 +724,21 @@ static void layer_backward(Model *m, const int *idx, int i, int B, int T) {
     // x += att wo^T
     matmul_wgrad(dw->layer[i].wo, a->dx, att, n, C, C);
     matmul_dgrad(a->dh, a->dx, w->layer[i].wo, n, C, C);
-    attention_backward(a->dqkv, a->dh, att, a->lse + i * n * H, qkv, a->doc_start, c->window[i], B, T, H, D);
+    attention_backward(a->dqkv, a->dh, att, a->lse + i * n * H, qkv, a->doc_start, c->window[i], B,
+                       T, H, D);
     qk_backward(a->dqkv, qkv, a->qk_r + i * n * 2 * H, m->cosine, m->sine, B, T, H, D);
     // qkv = h1 wqkv^T, and v += gate * value_embed[idx]
     matmul_wgrad(dw->layer[i].wqkv, a->dqkv, h1, n, C, 3 * C);
     matmul_dgrad(a->dh, a->dqkv, w->layer[i].wqkv, n, C, 3 * C);
     if (w->layer[i].value_embed)
-        value_embed_backward(dw->layer[i].value_embed, dw->layer[i].ve_gate, a->dh, a->dqkv + 2 * C, a->gate + i * n * H, h1,
-                             w->layer[i].ve_gate, w->layer[i].value_embed, idx, a->partial, n, H, D);
+        value_embed_backward(dw->layer[i].value_embed, dw->layer[i].ve_gate, a->dh, a->dqkv + 2 * C,
+                             a->gate + i * n * H, h1, w->layer[i].ve_gate, w->layer[i].value_embed,
+                             idx, a->partial, n, H, D);
     // h1 = N(x), x = resid_lambda x_in + x0_lambda x0
     norm_backward(a->dx, a->dh, h1, a->r1 + i * n, n, C, true);
-    mix_backward(a->dx, a->dx0, dw->resid_lambda + i, dw->x0_lambda + i, a->dx, a->stream + i * n * C, a->x0,
-                 w->resid_lambda[i], w->x0_lambda[i], a->partial, n, C);
+    mix_backward(a->dx, a->dx0, dw->resid_lambda + i, dw->x0_lambda + i, a->dx,
+                 a->stream + i * n * C, a->x0, w->resid_lambda[i], w->x0_lambda[i], a->partial, n,
+                 C);
 }
 
 // From a->dh, the gradient of the head's input, to all gradients, which are added to.
@@ -715,23 +751,25 @@ static void trunk_backward(Model *m, const int *idx /* (B, T) */, int B, int T) 
     norm_backward(a->dx, a->dh, a->hf, a->rf, n, C, false);
     bool backout = config_has_backout(c);
     if (backout)
-        backout_backward(a->dxb, dw->backout_lambda, a->dx, a->stream + (c->L / 2 + 1) * n * C, *w->backout_lambda, a->partial, n, C);
+        backout_backward(a->dxb, dw->backout_lambda, a->dx, a->stream + (c->L / 2 + 1) * n * C,
+                         *w->backout_lambda, a->partial, n, C);
     memset(a->dx0, 0, sizeof(float) * (size_t)(n * C));
     for (int i = c->L - 1; i >= 0; i--) {
         if (backout && i == c->L / 2) add_forward(a->dx, a->dxb, n * C);
         layer_backward(m, idx, i, B, T);
     }
     add_forward(a->dx0, a->dx, n * C);  // the first layer's x_in is x0
-    smear_backward(a->dx, dw->smear_gate, dw->smear_lambda, a->dx0, a->embed, a->smear, w->smear_gate, *w->smear_lambda, a->partial,
-                   B, T, C);
+    smear_backward(a->dx, dw->smear_gate, dw->smear_lambda, a->dx0, a->embed, a->smear,
+                   w->smear_gate, *w->smear_lambda, a->partial, B, T, C);
     norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, false);
     embed_backward(dw->wte, a->dx, idx, n, C);
 }
 
 // Forward and backward of one micro-batch; gradients are added to. Returns the sum of the targets'
 // nats. step_targets: targets of the whole step, whose mean loss is what is differentiated.
-static double model_accumulate(Model *m, const int *inputs /* (B, T) */, const int *targets /* (B, T) */, int B,
-                               int64_t step_targets, float *keep_logits) {
+static double model_accumulate(Model *m, const int *inputs /* (B, T) */,
+                               const int *targets /* (B, T) */, int B, int64_t step_targets,
+                               float *keep_logits) {
     int T = m->cfg.T;
     trunk_forward(m, inputs, B, T);
     double sum = head_loss(m, targets, (int64_t)B * T, 1.0 / (double)step_targets, keep_logits);
@@ -783,7 +821,9 @@ static void scale_all(float *x, double factor, size_t count) {
 }
 
 // Memory for Muon's largest matrix.
-typedef struct { float *x, *product, *a, *a2; } MuonScratch;
+typedef struct {
+    float *x, *product, *a, *a2;
+} MuonScratch;
 
 // Rows made even (MuonEq, 2603.28254): X[r] *= (||X|| / sqrt(R)) / max(||X[r]||, 1e-6).
 static void muon_equalize_rows(float *x, int R, int K) {
@@ -796,8 +836,9 @@ static void muon_equalize_rows(float *x, int R, int K) {
     }
 }
 
-// Polar Express (Amsel et al., 2505.16932): five steps X = a X + (b A + c A^2) X, A = X X^T, each with
-// its own a, b, c, drive the singular values of X / (1.01 ||X||) towards 1. On the shorter side.
+// Polar Express (Amsel et al., 2505.16932): five steps X = a X + (b A + c A^2) X, A = X X^T, each
+// with its own a, b, c, drive the singular values of X / (1.01 ||X||) towards 1. Where R > K the
+// shorter side is the other one: A = X^T X, and X stands on its left.
 static void muon_polar_express(MuonScratch *s, int R, int K) {
     static const double abc[5][3] = {
         {8.156554524902461, -22.48329292557795, 15.878769915207462},
@@ -808,25 +849,32 @@ static void muon_polar_express(MuonScratch *s, int R, int K) {
     };
     size_t count = (size_t)R * (size_t)K;
     int side = R < K ? R : K;
-    MatmulView x = {s->x, K, 1}, x_transposed = {s->x, 1, K}, a = {s->a, side, 1}, a2 = {s->a2, side, 1};
+    MatmulView x = {s->x, K, 1}, x_transposed = {s->x, 1, K}, a = {s->a, side, 1},
+               a2 = {s->a2, side, 1};
     scale_all(s->x, 1 / (1.01 * sqrt(sum_squares(s->x, count)) + 1e-6), count);
     for (int step = 0; step < 5; step++) {
         float ka = (float)abc[step][0], kb = (float)abc[step][1], kc = (float)abc[step][2];
-        if (R <= K) matmul(s->a, side, x, x_transposed, R, R, K, 0);
-        else matmul(s->a, side, x_transposed, x, K, K, R, 0);
+        if (R <= K)
+            matmul(s->a, side, x, x_transposed, R, R, K, 0);
+        else
+            matmul(s->a, side, x_transposed, x, K, K, R, 0);
         matmul(s->a2, side, a, a, side, side, side, 0);
 #pragma omp parallel for simd
-        for (size_t i = 0; i < (size_t)side * (size_t)side; i++) s->a2[i] = kb * s->a[i] + kc * s->a2[i];
-        if (R <= K) matmul(s->product, K, a2, x, R, K, R, 0);
-        else matmul(s->product, K, x, a2, R, K, K, 0);
+        for (size_t i = 0; i < (size_t)side * (size_t)side; i++)
+            s->a2[i] = kb * s->a[i] + kc * s->a2[i];
+        if (R <= K)
+            matmul(s->product, K, a2, x, R, K, R, 0);
+        else
+            matmul(s->product, K, x, a2, R, K, K, 0);
 #pragma omp parallel for simd
         for (size_t i = 0; i < count; i++) s->x[i] = ka * s->x[i] + s->product[i];
     }
 }
 
-// NorMuon (2510.05491): each row (R >= K) or column is divided by the root of its running mean square
-// v, then X gets its Frobenius norm back. Of n numbers reduced to one:
-//     s = b2 s + (1-b2) v,   r = 1/sqrt(max(s, 1e-10)),   X *= r sqrt(n sum v) / max(sqrt(n sum v r^2), 1e-10)
+// NorMuon (2510.05491): each row (R >= K) or column, of n elements and mean square v, is divided by
+// the root of its running mean square s; then X gets its Frobenius norm back:
+//     s = b2 s + (1-b2) v,   r = 1/sqrt(max(s, 1e-10)),
+//     X *= r sqrt(n sum v) / max(sqrt(n sum v r^2), 1e-10)
 static void muon_normalize(float *x,       // (R, K)
                            float *second,  // (R) or (K): s
                            double beta2, int R, int K) {
@@ -847,7 +895,8 @@ static void muon_normalize(float *x,       // (R, K)
 #pragma omp parallel for
     for (int i = 0; i < lines; i++) {
         double factor = keep_norm / sqrt(fmax(second[i], 1e-10));
-        for (int j = 0; j < n; j++) x[i * line + j * along] = (float)(factor * x[i * line + j * along]);
+        for (int j = 0; j < n; j++)
+            x[i * line + j * along] = (float)(factor * x[i * line + j * along]);
     }
 }
 
@@ -857,7 +906,8 @@ static void muon_update(float *w,         // (R, K)
                         float *momentum,  // (R, K)
                         float *second,    // (max(R, K))
                         const float *g,   // (R, K)
-                        double grad_scale, double mu, double beta2, double lr, double wd, int R, int K, MuonScratch *s) {
+                        double grad_scale, double mu, double beta2, double lr, double wd, int R,
+                        int K, MuonScratch *s) {
     size_t count = (size_t)R * (size_t)K;
     float keep = (float)mu, scale = (float)grad_scale;
 #pragma omp parallel for simd
@@ -873,7 +923,8 @@ static void muon_update(float *w,         // (R, K)
     muon_normalize(s->x, second, beta2, R, K);
     float step = (float)(lr * sqrt(fmax(1, (double)R / K))), decay = (float)(step * wd);
 #pragma omp parallel for simd
-    for (size_t i = 0; i < count; i++) w[i] -= step * s->x[i] + (s->x[i] * w[i] >= 0 ? decay * w[i] : 0);
+    for (size_t i = 0; i < count; i++)
+        w[i] -= step * s->x[i] + (s->x[i] * w[i] >= 0 ? decay * w[i] : 0);
 }
 
 // Root of the sum of squares of all gradients.
@@ -884,7 +935,7 @@ static double model_grad_norm(const Model *m) {
     return sqrt(sum);
 }
 
-// Updates every tensor from its gradient; step `it` of plan->steps. grad_norm as model_grad_norm says.
+// Updates every tensor from its gradient; step `it` of plan->steps. grad_norm: of model_grad_norm.
 static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it, double grad_norm) {
     Schedule now = schedule_at(it, plan->steps, f->warmup);
     double clip = f->grad_clip > 0 ? fmin(1, f->grad_clip / (grad_norm + 1e-6)) : 1;
@@ -896,15 +947,18 @@ static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it,
         largest = tensor_numel(x) > largest ? tensor_numel(x) : largest, side = s > side ? s : side;
     }
     float *memory = die_alloc(2 * largest + 2 * side * side, sizeof *memory, "Muon's scratch");
-    MuonScratch scratch = {memory, memory + largest, memory + 2 * largest, memory + 2 * largest + side * side};
+    MuonScratch scratch = {memory, memory + largest, memory + 2 * largest,
+                           memory + 2 * largest + side * side};
     for (int i = 0; i < m->table.count; i++) {
         const Tensor *x = &m->table.tensor[i];
         if (x->frozen) continue;
         GroupNumbers k = plan_group(plan, f, &m->cfg, x->group);
-        float *p = m->params + x->offset, *first = m->state1 + x->offset, *second = m->state2 + x->state;
+        float *p = m->params + x->offset, *first = m->state1 + x->offset,
+              *second = m->state2 + x->state;
         const float *g = m->grads + x->offset;
         if (x->group == GROUP_MATRIX)
-            muon_update(p, first, second, g, clip, now.momentum, k.beta2, k.lr * now.lr, k.wd * now.wd, x->rows, x->cols, &scratch);
+            muon_update(p, first, second, g, clip, now.momentum, k.beta2, k.lr * now.lr,
+                        k.wd * now.wd, x->rows, x->cols, &scratch);
         else
             adamw_update(p, first, second, g, clip, k, k.lr * now.lr, it + 1, tensor_numel(x));
     }
@@ -948,7 +1002,9 @@ static void run_configure(Run *r, int argc, char **argv) {
     r->flags_text = args_line(r->table, FLAGS_COUNT);
     r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
     if (r->has_tokenizer) tokenizer_init(&r->tokenizer, f->tokenizer);
-    r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1, r->has_tokenizer ? r->tokenizer.bos : -1);
+    else if (*f->prompt) die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
+    r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
+                               r->has_tokenizer ? r->tokenizer.bos : -1);
     r->plan = plan_from_flags(f, &r->cfg, 1);
 }
 
@@ -963,7 +1019,8 @@ static void run_describe(const Run *r) {
         {"gradients", P},
         {"optimizer, first state", P},
         {"optimizer, second state", (double)table.state_numel * sizeof(float)},
-        {"activations of a micro-batch", (double)activations_layout(&a, &r->cfg, r->plan.micro_rows, NULL)},
+        {"activations of a micro-batch",
+         (double)activations_layout(&a, &r->cfg, r->plan.micro_rows, NULL)},
     };
     args_echo(stdout, r->table, FLAGS_COUNT, true);
     describe_model(stdout, &r->cfg);
@@ -1028,34 +1085,41 @@ static void run_resume(Run *r) {
     int n = run_tensors(r, false, &params), k = run_tensors(r, true, &states);
     CkptMeta meta;
     ckpt_load(folder, &meta, params, n, states, k);
-    LoaderState at = {meta.loader_seed, meta.loader_epoch, meta.loader_row, meta.loader_fingerprint};
+    LoaderState at = {meta.loader_seed, meta.loader_epoch, meta.loader_row,
+                      meta.loader_fingerprint};
     loader_restore(&r->loader, at, ckpt_find_note(&meta, "shards"));
     r->step = meta.step, r->tokens = meta.tokens;
-    printf("resumed from %s: %lld steps, %lld tokens\n", folder, (long long)r->step, (long long)r->tokens);
+    printf("resumed from %s: %lld steps, %lld tokens\n", folder, (long long)r->step,
+           (long long)r->tokens);
     if (r->step > r->plan.steps)
-        die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder, (long long)r->step,
-            (long long)r->plan.steps);
+        die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder,
+            (long long)r->step, (long long)r->plan.steps);
     ckpt_meta_free(&meta);
     free(params), free(states);
 }
 
 // Makes --out, and sees that it holds no save of a later step than the one this run begins at: the
-// newest counts, and --keep removes the oldest, so the run would lose its own saves. (After --resume
-// auto only damaged ones can be newer.)
+// newest counts, and --keep removes the oldest, so the run would lose its own saves. (After
+// --resume auto only damaged ones can be newer.)
 static void run_prepare_out(const Run *r) {
     CkptEntry *saves;
     if (!*r->flags.out) return;
     if (io_make_dir(r->flags.out)) die(EXIT_USAGE, "--out: %s", io_error);
     if (!strcmp(r->flags.resume, "auto")) return;
     if (ckpt_list(r->flags.out, &saves) > 0 && saves[0].step > r->step)
-        die(EXIT_USAGE, "--out: found the save %s, expected none behind step %lld, where this run begins; go on with "
-            "--resume auto, or choose another folder", saves[0].path, (long long)r->step);
+        die(EXIT_USAGE,
+            "--out: found the save %s, expected none behind step %lld, where this run begins; go "
+            "on with "
+            "--resume auto, or choose another folder",
+            saves[0].path, (long long)r->step);
     free(saves);
 }
 
 // --- validation and samples --------------------------------------------------------------------
 
-typedef struct { double loss, bits_per_byte; } Validation;
+typedef struct {
+    double loss, bits_per_byte;
+} Validation;
 
 // Mean loss over the targets of --val-tokens, and bits per byte: the nats of targets other than BOS
 // over ln 2 times their bytes. NaN where there is no --val, or no tokenizer to count bytes.
@@ -1079,8 +1143,8 @@ static Validation run_validate(Run *r) {
     return (Validation){nats / (double)count, bytes ? text_nats / (log(2) * (double)bytes) : NAN};
 }
 
-// Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text. Each
-// token costs a forward pass over the last T: short, and it tests the very code that trains.
+// Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text.
+// Each token costs a forward pass over the last T: short, and it tests the very code that trains.
 static void run_sample(Run *r) {
     const Flags *f = &r->flags;
     int T = r->cfg.T, V = r->cfg.V, C = r->cfg.C;
@@ -1094,9 +1158,11 @@ static void run_sample(Run *r) {
         int count = list.count < (size_t)T ? (int)list.count : T;
         for (int t = 0; t < count; t++) r->inputs[t] = list.ids[list.count - (size_t)(count - t)];
         trunk_forward(&r->model, r->inputs, 1, count);
-        matmul_forward(r->model.a.logits, r->model.a.hf + (int64_t)(count - 1) * C, r->model.w.lm_head, 1, C, V);
+        matmul_forward(r->model.a.logits, r->model.a.hf + (int64_t)(count - 1) * C,
+                       r->model.w.lm_head, 1, C, V);
         softcap_forward(r->model.a.logits, V);
-        int next = sampler_pick(r->model.a.logits, V, f->temperature, f->top_k, rand_uniform(key, (uint64_t)i));
+        int next = sampler_pick(r->model.a.logits, V, f->temperature, f->top_k,
+                                rand_uniform(key, (uint64_t)i));
         if (next == r->cfg.bos) break;
         size_t bytes;
         const uint8_t *text = tokenizer_decode(&r->tokenizer, next, &bytes);
@@ -1109,16 +1175,21 @@ static void run_sample(Run *r) {
 
 // --- steps -------------------------------------------------------------------------------------
 
-// NaN or Inf must not reach the weights: ends the run before the update, and names the first tensor.
+// NaN or Inf must not reach the weights: ends the run before the update, names the first tensor.
 static void run_require_finite(const Run *r, double loss, double norm) {
     if (isfinite(loss) && isfinite(norm)) return;
     const Table *t = &r->model.table;
     const char *where = "the loss";
     for (int i = t->count - 1; i >= 0 && isfinite(loss); i--)
-        if (!isfinite(sum_squares(r->model.grads + t->tensor[i].offset, tensor_numel(&t->tensor[i])))) where = t->tensor[i].name;
+        if (!isfinite(
+                sum_squares(r->model.grads + t->tensor[i].offset, tensor_numel(&t->tensor[i]))))
+            where = t->tensor[i].name;
     LoaderOrigin from = loader_origin(&r->loader, 0);
-    die(EXIT_NONFINITE, "step %lld: found loss %g and gradient norm %g, first in %s; the last micro-batch began in %s at token "
-        "%lld; the weights are as before the step", (long long)r->step, loss, norm, where, from.path, (long long)from.token);
+    die(EXIT_NONFINITE,
+        "step %lld: found loss %g and gradient norm %g, first in %s; the last micro-batch began in "
+        "%s at token "
+        "%lld; the weights are as before the step",
+        (long long)r->step, loss, norm, where, from.path, (long long)from.token);
 }
 
 // Loss and gradients of the next batch. logits: (batch, V) for --dump, or NULL.
@@ -1131,7 +1202,8 @@ static double run_accumulate(Run *r, int *all_inputs, int *all_targets, float *l
         int *inputs = all_inputs ? all_inputs + micro * tokens : r->inputs;
         int *targets = all_targets ? all_targets + micro * tokens : r->targets;
         loader_next(&r->loader, inputs, targets, p->micro_rows);
-        sum += model_accumulate(&r->model, inputs, targets, p->micro_rows, p->batch, logits ? logits + micro * tokens * r->cfg.V : NULL);
+        sum += model_accumulate(&r->model, inputs, targets, p->micro_rows, p->batch,
+                                logits ? logits + micro * tokens * r->cfg.V : NULL);
     }
     return sum / (double)p->batch;
 }
@@ -1158,7 +1230,8 @@ static void run_train(Run *r) {
     for (bool last = false; !last;) {
         last = r->step == r->plan.steps;
         Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
-        LogRow row = log_row_init(r->step, r->tokens, (int64_t)loader_state(&r->loader).epoch, now.lr, now.momentum, now.wd);
+        LogRow row = log_row_init(r->step, r->tokens, (int64_t)loader_state(&r->loader).epoch,
+                                  now.lr, now.momentum, now.wd);
         if (last || due(r->step, f->eval_every)) {
             Validation v = run_validate(r);
             row.val_loss = v.loss, row.val_bpb = v.bits_per_byte;
@@ -1166,9 +1239,12 @@ static void run_train(Run *r) {
         if (last || due(r->step, f->sample_every)) run_sample(r);
         if (!last) run_step(r, &row);
         log_row(&r->log, &row);
-        if (!last && *f->out && (r->step == r->plan.steps || due(r->step, f->save_every))) saved = run_save(r);
+        if (!last && *f->out && (r->step == r->plan.steps || due(r->step, f->save_every)))
+            saved = run_save(r);
     }
-    if (!saved) die(EXIT_CHECKPOINT, "step %lld, the last one, is not saved; the warning above says why", (long long)r->step);
+    if (!saved)
+        die(EXIT_CHECKPOINT, "step %lld, the last one, is not saved; the warning above says why",
+            (long long)r->step);
 }
 
 // --- dump --------------------------------------------------------------------------------------
@@ -1182,11 +1258,13 @@ typedef struct {
 } Dump;
 
 // Adds kind.name, a float tensor: whole, or its sketch as sketch.kind.name.
-static void dump_add(Dump *d, const char *kind, const char *name, int ndim, const uint64_t *shape, const float *data) {
+static void dump_add(Dump *d, const char *kind, const char *name, int ndim, const uint64_t *shape,
+                     const float *data) {
     char full[64];
     uint64_t count = 1, size = SKETCH_SIZE;
     for (int i = 0; i < ndim; i++) count *= shape[i];
-    snprintf(full, sizeof full, "%s%s%s%s", d->sketches ? "sketch." : "", kind, *name ? "." : "", name);
+    snprintf(full, sizeof full, "%s%s%s%s", d->sketches ? "sketch." : "", kind, *name ? "." : "",
+             name);
     if (d->sketches) {
         sketch_compute(d->sketch[d->count], data, count);
         d->tensor[d->count] = st_tensor(full, ST_F64, 1, &size, d->sketch[d->count]);
@@ -1210,15 +1288,18 @@ static void run_dump(Run *r) {
     const Table *t = &r->model.table;
     uint64_t batch = (uint64_t)r->plan.batch, V = (uint64_t)r->cfg.V, one = 1;
     int *tokens = die_alloc(2 * batch, sizeof *tokens, "the tokens of a dump");
-    float *logits = die_alloc(batch * V, sizeof *logits, "the logits of a dump; lower --batch-tokens");
+    float *logits =
+        die_alloc(batch * V, sizeof *logits, "the logits of a dump; lower --batch-tokens");
     float *before = die_alloc(t->numel, sizeof *before, "the parameters of a dump");
     size_t room = 5 + 3 * (size_t)t->count;
-    Dump d = {die_alloc(room, sizeof(StTensor), "a dump"), die_alloc(room, sizeof(double[SKETCH_SIZE]), "a dump"), 0, f->dump_sketch};
+    Dump d = {die_alloc(room, sizeof(StTensor), "a dump"),
+              die_alloc(room, sizeof(double[SKETCH_SIZE]), "a dump"), 0, f->dump_sketch};
     memcpy(before, r->model.params, t->numel * sizeof *before);
     double loss = run_accumulate(r, tokens, tokens + batch, logits);
     double norm = model_grad_norm(&r->model);
     model_update(&r->model, f, &r->plan, r->step, norm);
-    uint64_t rows[2] = {batch / (uint64_t)r->cfg.T, (uint64_t)r->cfg.T}, logits_shape[2] = {batch, V};
+    uint64_t rows[2] = {batch / (uint64_t)r->cfg.T, (uint64_t)r->cfg.T},
+             logits_shape[2] = {batch, V};
     d.tensor[d.count++] = st_tensor("tokens", ST_I32, 2, rows, tokens);
     d.tensor[d.count++] = st_tensor("targets", ST_I32, 2, rows, tokens + batch);
     d.tensor[d.count++] = st_tensor("loss", ST_F64, 1, &one, &loss);
@@ -1231,7 +1312,8 @@ static void run_dump(Run *r) {
     snprintf(step, sizeof step, "%lld", (long long)r->step);
     JsonPair about[] = {{"flags", r->flags_text}, {"step", step}};
     if (st_write(f->dump, d.tensor, d.count, about, 2)) die(EXIT_USAGE, "--dump: %s", io_error);
-    printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count, (long long)r->step, loss, norm);
+    printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count,
+           (long long)r->step, loss, norm);
     free(tokens), free(logits), free(before), free(d.tensor), free(d.sketch);
 }
 
@@ -1240,27 +1322,45 @@ static void run_dump(Run *r) {
 // Takes memory, opens the data, and goes to the save to resume from.
 static void run_open(Run *r) {
     const Flags *f = &r->flags;
-    if (!*f->train) die(EXIT_USAGE, "--train: found nothing, expected token shards (build/tokenize makes them from text)");
-    if (*f->resume && !*f->out && !strcmp(f->resume, "auto")) die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
-    RowsConfig rows = {f->train, r->cfg.T, r->cfg.V, r->cfg.bos, !strcmp(f->packing, "bestfit"), !strcmp(f->tails, "keep"), (uint64_t)f->seed};
+    if (!*f->train)
+        die(EXIT_USAGE,
+            "--train: found nothing, expected token shards (build/tokenize makes them from text)");
+    if (*f->resume && !*f->out && !strcmp(f->resume, "auto"))
+        die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
+    RowsConfig rows = {f->train,
+                       r->cfg.T,
+                       r->cfg.V,
+                       r->cfg.bos,
+                       !strcmp(f->packing, "bestfit"),
+                       !strcmp(f->tails, "keep"),
+                       (uint64_t)f->seed};
     loader_init(&r->loader, &rows, 0, 1);
-    if (*f->val) loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V, f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
+    if (*f->val)
+        loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
+                        f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
     model_init(&r->model, &r->cfg, r->plan.micro_rows, (uint32_t)f->seed, !strcmp(f->init, "test"));
     size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
-    r->inputs = die_alloc(tokens, sizeof(int), "tokens"), r->targets = die_alloc(tokens, sizeof(int), "tokens");
+    r->inputs = die_alloc(tokens, sizeof(int), "tokens"),
+    r->targets = die_alloc(tokens, sizeof(int), "tokens");
     run_resume(r);
 }
 
 // log.csv and run.json in --out, and the first lines on stdout.
 static void run_log_open(Run *r) {
     const Flags *f = &r->flags;
-    JsonPair facts[] = {{"program", "train_gpt2 (CPU, FP32)"}, {"version", SPEEDRUN_VERSION}, {"compiler", __VERSION__},
-                        {"flags", r->flags_text}, {"shards", loader_describe(&r->loader)}};
+    JsonPair facts[] = {{"program", "train_gpt2 (CPU, FP32)"},
+                        {"version", SPEEDRUN_VERSION},
+                        {"compiler", __VERSION__},
+                        {"flags", r->flags_text},
+                        {"shards", loader_describe(&r->loader)}};
     log_open(&r->log, f->out, r->step, r->plan.steps);
-    if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts)) warn("run.json is not written: %s", io_error);
+    if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts))
+        warn("run.json is not written: %s", io_error);
     printf("train_gpt2 %s\n", r->flags_text);
-    printf("%zu parameters, %.0f of them in matrices; %lld steps of %lld tokens, %lld tokens in the shards\n", r->model.table.params,
-           config_matrix_params(&r->cfg), (long long)r->plan.steps, (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);
+    printf("%zu parameters, %.0f of them in matrices; %lld steps of %lld tokens, %lld tokens in "
+           "the shards\n",
+           r->model.table.params, config_matrix_params(&r->cfg), (long long)r->plan.steps,
+           (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);
 }
 
 static void run_close(Run *r) {

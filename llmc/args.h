@@ -35,17 +35,17 @@ typedef struct {
 } ArgList;
 
 typedef struct {
-    const char *name;      // "batch-tokens"
+    const char *name;  // "batch-tokens"
     ArgType type;
     void *value;           // bool *, int *, int64_t *, double *, const char **, ArgList *
     const char *fallback;  // the default, as the user would type it
     const char *help;
-    double low, high;      // numbers outside are refused; both 0: any finite number
-    bool given;            // set by args_parse when the user named it
+    double low, high;  // numbers outside are refused; both 0: any finite number
+    bool given;        // set by args_parse when the user named it
 } Arg;
 
-static const char *const args_type_name[] = {"0|1", "integer", "integer", "number", "text",
-                                             "text..."};
+static const char *const args_type_name[] = {"0|1",    "integer", "integer",
+                                             "number", "text",    "text..."};
 
 static inline Arg *args_find(Arg *table, int count, const char *name) {
     for (int i = 0; i < count; i++)
@@ -116,8 +116,10 @@ static inline void args_set(Arg *arg, const char *text) {
     if (arg->type == ARG_INT) low = fmax(low, INT_MIN), high = fmin(high, INT_MAX);
     if (bad || number < low || number > high) {
         char range[96] = "";
-        if (ranged && high < 1e18) snprintf(range, sizeof range, " from %g to %g", low, high);
-        else if (ranged) snprintf(range, sizeof range, " of at least %g", low);
+        if (ranged && high < 1e18)
+            snprintf(range, sizeof range, " from %g to %g", low, high);
+        else if (ranged)
+            snprintf(range, sizeof range, " of at least %g", low);
         die(EXIT_USAGE, "--%s: found '%s', expected %s%s; see --help", arg->name, text,
             arg->type == ARG_DOUBLE ? "a number" : "a whole number", range);
     }
@@ -134,7 +136,8 @@ static inline const char *args_text(const Arg *arg, char *buffer, size_t size) {
     if (arg->type == ARG_INT64) snprintf(buffer, size, "%lld", (long long)*(int64_t *)arg->value);
     if (arg->type == ARG_DOUBLE) {
         snprintf(buffer, size, "%.9g", *(double *)arg->value);
-        if (strtod(buffer, NULL) != *(double *)arg->value) snprintf(buffer, size, "%.17g", *(double *)arg->value);
+        if (strtod(buffer, NULL) != *(double *)arg->value)
+            snprintf(buffer, size, "%.17g", *(double *)arg->value);
     }
     return arg->type == ARG_STRING ? *(const char **)arg->value : buffer;
 }
@@ -164,8 +167,10 @@ static inline void args_echo(FILE *out, const Arg *table, int count, bool all) {
     for (int i = 0; i < count; i++) {
         char buffer[64];
         const ArgList *list = table[i].type == ARG_LIST ? (const ArgList *)table[i].value : NULL;
-        if (!list && (all || table[i].given)) args_echo_line(out, table[i].name, args_text(&table[i], buffer, sizeof buffer));
-        for (int k = 0; list && k < list->count; k++) args_echo_line(out, table[i].name, list->item[k]);
+        if (!list && (all || table[i].given))
+            args_echo_line(out, table[i].name, args_text(&table[i], buffer, sizeof buffer));
+        for (int k = 0; list && k < list->count; k++)
+            args_echo_line(out, table[i].name, list->item[k]);
     }
 }
 
@@ -217,15 +222,23 @@ static inline void args_parse_file(Arg *table, int count, const char *usage, con
     char *text;
     size_t size;
     if (args_file_count == ARGS_MAX_FILES)
-        die(EXIT_USAGE, "@%s: found more than %d files of flags; does one of them name itself?", path, ARGS_MAX_FILES);
+        die(EXIT_USAGE, "@%s: found more than %d files of flags; does one of them name itself?",
+            path, ARGS_MAX_FILES);
     if (io_read_file(path, &text, &size)) die(EXIT_USAGE, "@%s: %s", path, io_error);
     args_files[args_file_count++] = text;
-    if (strlen(text) != size) die(EXIT_USAGE, "@%s: found a zero byte at %zu, expected text", path, strlen(text));
+    if (strlen(text) != size)
+        die(EXIT_USAGE, "@%s: found a zero byte at %zu, expected text", path, strlen(text));
     char **list = (char **)die_alloc(size / 2 + 2, sizeof *list, "flags from a file");
     int n = 0;
     for (char *p = text; *p;) {
-        if (isspace((unsigned char)*p)) { p++; continue; }
-        if (*p == '#') { p += strcspn(p, "\n"); continue; }
+        if (isspace((unsigned char)*p)) {
+            p++;
+            continue;
+        }
+        if (*p == '#') {
+            p += strcspn(p, "\n");
+            continue;
+        }
         list[n] = args_word(p, &p);
         if (!list[n++]) die(EXIT_USAGE, "@%s: found a \" that is never closed", path);
     }
@@ -245,7 +258,8 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
         }
         if (strncmp(list[i], "--", 2)) {
             Arg *words = args_find_list(table, count);
-            if (!words) die(EXIT_USAGE, "found '%s', expected a flag (--name value); see --help", list[i]);
+            if (!words)
+                die(EXIT_USAGE, "found '%s', expected a flag (--name value); see --help", list[i]);
             args_set(words, list[i]);
             words->given = true;
             continue;
@@ -254,8 +268,12 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
         const char *equals = strchr(list[i], '=');
         snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - list[i] - 2) : 63, list[i] + 2);
         Arg *arg = args_find(table, count, name);
-        if (!arg) die(EXIT_USAGE, "unknown flag --%s; did you mean --%s? see --help", name, args_nearest(table, count, name));
-        if (!equals && i + 1 >= n) die(EXIT_USAGE, "--%s: found nothing behind it, expected %s", name, args_type_name[arg->type]);
+        if (!arg)
+            die(EXIT_USAGE, "unknown flag --%s; did you mean --%s? see --help", name,
+                args_nearest(table, count, name));
+        if (!equals && i + 1 >= n)
+            die(EXIT_USAGE, "--%s: found nothing behind it, expected %s", name,
+                args_type_name[arg->type]);
         args_set(arg, equals ? equals + 1 : list[++i]);
         arg->given = true;
     }

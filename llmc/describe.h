@@ -10,41 +10,55 @@
 
 // The init distribution in words.
 static inline const char *describe_init(const Init *i, char *buffer, size_t size) {
-    if (i->kind == INIT_NORMAL) snprintf(buffer, size, "normal, std %.4g", i->a);
-    else if (i->kind == INIT_UNIFORM) snprintf(buffer, size, "uniform %.4g .. %.4g", i->a, i->b);
-    else if (i->a != i->b) snprintf(buffer, size, "ramp %.4g .. %.4g", i->a, i->b);
-    else snprintf(buffer, size, "%.4g", i->a);
+    if (i->kind == INIT_NORMAL)
+        snprintf(buffer, size, "normal, std %.4g", i->a);
+    else if (i->kind == INIT_UNIFORM)
+        snprintf(buffer, size, "uniform %.4g .. %.4g", i->a, i->b);
+    else if (i->a != i->b)
+        snprintf(buffer, size, "ramp %.4g .. %.4g", i->a, i->b);
+    else
+        snprintf(buffer, size, "%.4g", i->a);
     return buffer;
 }
 
-static inline void describe_table(FILE *out, const Table *t, const Plan *p, const Flags *f, const Config *c) {
-    fprintf(out, "\n%-26s %16s %13s  %-24s %s\n", "tensor", "shape", "parameters", "init", "optimizer group");
+static inline void describe_table(FILE *out, const Table *t, const Plan *p, const Flags *f,
+                                  const Config *c) {
+    fprintf(out, "\n%-26s %16s %13s  %-24s %s\n", "tensor", "shape", "parameters", "init",
+            "optimizer group");
     for (int i = 0; i < t->count; i++) {
         const Tensor *x = &t->tensor[i];
         char shape[40], init[48];
-        if (x->ndim == 1) snprintf(shape, sizeof shape, "(%d)", x->cols);
-        else snprintf(shape, sizeof shape, "(%d, %d)", x->rows, x->cols);
+        if (x->ndim == 1)
+            snprintf(shape, sizeof shape, "(%d)", x->cols);
+        else
+            snprintf(shape, sizeof shape, "(%d, %d)", x->rows, x->cols);
         fprintf(out, "%-26s %16s %13zu  %-24s %s%s\n", x->name, shape, tensor_numel(x),
                 describe_init(f->init[0] == 't' ? &x->test_init : &x->init, init, sizeof init),
                 plan_group(p, f, c, x->group).name, x->frozen ? ", frozen" : "");
     }
     fprintf(out, "%-26s %16s %13zu\n", "all", "", t->params);
-    fprintf(out, "%-26s %16s %13.0f  (Muon's without the value gates, plus V x C of lm_head)\n", "matrix parameters P", "",
-            config_matrix_params(c));
+    fprintf(out, "%-26s %16s %13.0f  (Muon's without the value gates, plus V x C of lm_head)\n",
+            "matrix parameters P", "", config_matrix_params(c));
 }
 
 static inline void describe_model(FILE *out, const Config *c) {
-    fprintf(out, "\nlayers L %d, channels C %d, heads H %d of D %d, MLP F %d, vocabulary V %d (stored %d), row T %d, BOS %d\n", c->L,
-            c->C, c->H, c->D, c->F, c->V, c->Vp, c->T, c->bos);
+    fprintf(out,
+            "\nlayers L %d, channels C %d, heads H %d of D %d, MLP F %d, vocabulary V %d (stored "
+            "%d), row T %d, BOS %d\n",
+            c->L, c->C, c->H, c->D, c->F, c->V, c->Vp, c->T, c->bos);
     fprintf(out, "windows");
     for (int i = 0; i < c->L; i++) fprintf(out, " %d", c->window[i]);
     fprintf(out, "; attention %s documents\n", c->doc_mask ? "stays inside" : "crosses");
-    fprintf(out, "FLOPs per token %.4g (PaLM convention), %.4g counting only the keys a query sees\n",
+    fprintf(out,
+            "FLOPs per token %.4g (PaLM convention), %.4g counting only the keys a query sees\n",
             config_flops_per_token(c, false), config_flops_per_token(c, true));
 }
 
 // One row per kind of memory, in bytes.
-typedef struct { const char *kind; double bytes; } DescribeMemory;
+typedef struct {
+    const char *kind;
+    double bytes;
+} DescribeMemory;
 
 static inline void describe_memory(FILE *out, const DescribeMemory *rows, int count) {
     double sum = 0;
@@ -57,8 +71,11 @@ static inline void describe_memory(FILE *out, const DescribeMemory *rows, int co
 }
 
 static inline void describe_plan(FILE *out, const Plan *p, const Flags *f, const Config *c) {
-    fprintf(out, "\nhorizon Z %.0f tokens (depth 12: %.0f), batch %lld tokens = %d micro-steps of %d rows per rank, %lld steps\n",
-            p->horizon, p->horizon12, (long long)p->batch, p->micro_steps, p->micro_rows, (long long)p->steps);
+    fprintf(out,
+            "\nhorizon Z %.0f tokens (depth 12: %.0f), batch %lld tokens = %d micro-steps of %d "
+            "rows per rank, %lld steps\n",
+            p->horizon, p->horizon12, (long long)p->batch, p->micro_steps, p->micro_rows,
+            (long long)p->steps);
     fprintf(out, "%.4g tokens, %.4g FLOPs in all\n", (double)p->batch * (double)p->steps,
             (double)p->batch * (double)p->steps * config_flops_per_token(c, false));
     fprintf(out, "\n%10s %9s %10s %10s", "step", "lr factor", "momentum", "wd factor");
@@ -68,10 +85,12 @@ static inline void describe_plan(FILE *out, const Plan *p, const Flags *f, const
         int64_t it = (p->steps - 1) * k / 4;
         Schedule s = schedule_at(it, p->steps, f->warmup);
         fprintf(out, "%10lld %9.5f %10.5f %10.5f", (long long)it, s.lr, s.momentum, s.wd);
-        for (int g = 0; g < GROUP_COUNT; g++) fprintf(out, " %15.6g", plan_group(p, f, c, (Group)g).lr * s.lr);
+        for (int g = 0; g < GROUP_COUNT; g++)
+            fprintf(out, " %15.6g", plan_group(p, f, c, (Group)g).lr * s.lr);
         fprintf(out, "\n");
     }
-    fprintf(out, "weight decay of the matrices %.6g before its factor\n", plan_group(p, f, c, GROUP_MATRIX).wd);
+    fprintf(out, "weight decay of the matrices %.6g before its factor\n",
+            plan_group(p, f, c, GROUP_MATRIX).wd);
 }
 
 #endif

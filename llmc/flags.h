@@ -116,7 +116,9 @@
 // clang-format on
 
 #define FLAGS_FIELD(c_type, arg_type, field, ...) c_type field;
-typedef struct { TRAIN_FLAGS(FLAGS_FIELD) } Flags;
+typedef struct {
+    TRAIN_FLAGS(FLAGS_FIELD)
+} Flags;
 #undef FLAGS_FIELD
 
 enum {
@@ -128,10 +130,10 @@ enum {
 // Fills the table (FLAGS_COUNT rows) that args.h works on; values land in `flags`.
 static inline void flags_table(Arg table[FLAGS_COUNT], Flags *flags) {
     int n = 0;
-#define FLAGS_ROW(c_type, arg_type, field, flag_name, default_text, lowest, highest, help_text) \
-    table[n].name = flag_name, table[n].type = ARG_##arg_type, table[n].value = &flags->field,  \
-    table[n].fallback = default_text, table[n].help = help_text,                                \
-    table[n].low = lowest, table[n].high = highest, table[n++].given = false;
+#define FLAGS_ROW(c_type, arg_type, field, flag_name, default_text, lowest, highest, help_text)    \
+    table[n].name = flag_name, table[n].type = ARG_##arg_type, table[n].value = &flags->field,     \
+    table[n].fallback = default_text, table[n].help = help_text, table[n].low = lowest,            \
+    table[n].high = highest, table[n++].given = false;
     TRAIN_FLAGS(FLAGS_ROW)
 #undef FLAGS_ROW
 }
@@ -139,7 +141,8 @@ static inline void flags_table(Arg table[FLAGS_COUNT], Flags *flags) {
 // Parses the command line. Exits 2 on a bad flag, 0 after --help.
 static inline void flags_parse(Flags *flags, Arg table[FLAGS_COUNT], int argc, char **argv) {
     flags_table(table, flags);
-    args_parse(table, FLAGS_COUNT, "train_gpt2 --train SHARDS [--val SHARD] [--flag value]... [@file]", argc, argv);
+    args_parse(table, FLAGS_COUNT,
+               "train_gpt2 --train SHARDS [--val SHARD] [--flag value]... [@file]", argc, argv);
 }
 
 // The index of `value` among the words of `choices` (separated by spaces); else exits 2.

@@ -1,9 +1,9 @@
 // io.h: every file the project opens, reads, writes, syncs or renames goes through here.
 //
 // Functions return 0, or -1 with a sentence in io_error: what was tried, on which file, at which
-// offset, and why it failed. They never die: a full disk must not stop a training run, so the caller
-// decides. Reads and writes loop over short counts and EINTR. Nothing is mapped: a full disk under a
-// mapping arrives as SIGBUS, a failed write() as an error code.
+// offset, and why it failed. They never die: a full disk must not stop a training run, so the
+// caller decides. Reads and writes loop over short counts and EINTR. Nothing is mapped: a full disk
+// under a mapping arrives as SIGBUS, a failed write() as an error code.
 //
 // A file that others may read is written with io_write_file: beside its place, synced, renamed, the
 // folder synced. A reader sees the old content or the new, never a part.
@@ -39,13 +39,16 @@ static __thread char io_error[IO_PATH_MAX + 256];  // the reason of the last -1
 // Faults, for tests: "at every call" is a loop over `at`.
 
 #ifdef IO_FAULTS
-typedef enum { IO_FAULT_NONE, IO_FAULT_ENOSPC, IO_FAULT_EIO, IO_FAULT_SHORT, IO_FAULT_EXIT } IoFaultKind;
+typedef enum {
+    IO_FAULT_NONE, IO_FAULT_ENOSPC, IO_FAULT_EIO, IO_FAULT_SHORT, IO_FAULT_EXIT
+} IoFaultKind;
+static const char *const io_fault_name[] = {"none", "enospc", "eio", "short", "exit"};
 
 static struct {
     IoFaultKind kind;
-    long at;     // the at-th call from now fails, counted from 1
-    long calls;  // calls seen so far
-    bool sticky; // every call from the at-th on fails, as on a disk that stays full
+    long at;      // the at-th call from now fails, counted from 1
+    long calls;   // calls seen so far
+    bool sticky;  // every call from the at-th on fails, as on a disk that stays full
 } io_fault;
 
 #define IO_FAULT_EXIT_CODE 42
@@ -55,10 +58,10 @@ static struct {
 static IoFaultKind io_fault_next(void) {
     long call = __atomic_add_fetch(&io_fault.calls, 1, __ATOMIC_RELAXED);  // threads read too
     const char *spec = call == 1 ? getenv("IO_FAULT") : NULL;
-    if (spec && strchr(spec, ':')) {
-        io_fault.kind = spec[0] == 'e' ? (spec[1] == 'n' ? IO_FAULT_ENOSPC : spec[1] == 'i' ? IO_FAULT_EIO : IO_FAULT_EXIT)
-                                       : IO_FAULT_SHORT;
-        io_fault.at = atol(strchr(spec, ':') + 1);
+    for (int kind = IO_FAULT_ENOSPC; spec && kind <= IO_FAULT_EXIT; kind++) {
+        size_t length = strlen(io_fault_name[kind]);
+        if (strncmp(spec, io_fault_name[kind], length) || spec[length] != ':') continue;
+        io_fault.kind = (IoFaultKind)kind, io_fault.at = atol(spec + length + 1);
     }
     bool hit = io_fault.sticky ? call >= io_fault.at : call == io_fault.at;
     if (io_fault.kind == IO_FAULT_NONE || !hit) return IO_FAULT_NONE;
@@ -66,15 +69,16 @@ static IoFaultKind io_fault_next(void) {
     errno = io_fault.kind == IO_FAULT_ENOSPC ? ENOSPC : EIO;
     return io_fault.kind;
 }
-#define IO_CALL(call) (io_fault_next() > IO_FAULT_NONE && io_fault.kind != IO_FAULT_SHORT ? -1 : (call))
-#define IO_COUNTED_CALL(call, count)                                                          \
-    ({                                                                                        \
-        IoFaultKind fault_ = io_fault_next();                                                 \
-        if (fault_ == IO_FAULT_SHORT && (count) > 1) (count) /= 2;                            \
-        fault_ == IO_FAULT_NONE || fault_ == IO_FAULT_SHORT ? (call) : -1;                    \
+#define IO_CALL(call)                                                                              \
+    (io_fault_next() > IO_FAULT_NONE && io_fault.kind != IO_FAULT_SHORT ? -1 : (call))
+#define IO_COUNTED_CALL(call, count)                                                               \
+    ({                                                                                             \
+        IoFaultKind fault_ = io_fault_next();                                                      \
+        if (fault_ == IO_FAULT_SHORT && (count) > 1) (count) /= 2;                                 \
+        fault_ == IO_FAULT_NONE || fault_ == IO_FAULT_SHORT ? (call) : -1;                         \
     })
 #else
-#define IO_CALL(call) (call)
+#define IO_CALL(call)                (call)
 #define IO_COUNTED_CALL(call, count) (call)
 #endif
 
@@ -144,7 +148,8 @@ static inline int io_read_at(IoFile *f, void *data, size_t count, uint64_t offse
     size_t done = 0;
     while (done < count) {
         size_t want = count - done;
-        ssize_t got = IO_COUNTED_CALL(pread(f->fd, (char *)data + done, want, (off_t)(offset + done)), want);
+        ssize_t got =
+            IO_COUNTED_CALL(pread(f->fd, (char *)data + done, want, (off_t)(offset + done)), want);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) return io_fail("read", f->path);
         if (got == 0) {
@@ -243,7 +248,9 @@ static inline int io_list_dir(const char *path, char ***names) {
     int count = 0, room = 0;
     for (struct dirent *e; (e = readdir(dir)) != NULL;) {
         if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
-        if (count == room) *names = (char **)realloc(*names, sizeof **names * (size_t)(room = room ? 2 * room : 16));
+        if (count == room)
+            *names =
+                (char **)realloc(*names, sizeof **names * (size_t)(room = room ? 2 * room : 16));
         (*names)[count++] = strdup(e->d_name);
     }
     closedir(dir);
@@ -278,7 +285,8 @@ static inline int io_read_file(const char *path, char **data, size_t *count) {
     *data = NULL, *count = 0;
     if (io_open_read(&f, path)) return -1;
     int64_t size = io_size(&f);
-    bool failed = size < 0 || !(*data = (char *)malloc((size_t)size + 1)) || io_read_at(&f, *data, (size_t)size, 0);
+    bool failed = size < 0 || !(*data = (char *)malloc((size_t)size + 1)) ||
+                  io_read_at(&f, *data, (size_t)size, 0);
     if (!failed) (*data)[size] = 0, *count = (size_t)size;
     close(f.fd);
     if (failed) free(*data), *data = NULL;
@@ -297,8 +305,10 @@ static inline int io_write_file(const char *path, const void *data, size_t count
     IoFile f;
     if (io_create(&f, beside)) return -1;
     bool failed = io_write(&f, data, count) || io_sync(&f);
-    if (failed) close(f.fd);
-    else failed = io_close(&f) != 0;
+    if (failed)
+        close(f.fd);
+    else
+        failed = io_close(&f) != 0;
     if (!failed && io_rename(beside, path) == 0) return 0;
     unlink(beside);
     return -1;

@@ -29,13 +29,16 @@ enum { MODEL_MAX_LAYERS = 128, SMEAR_CHANNELS = 24, GATE_CHANNELS = 12 };
 
 typedef struct {
     int L, C, H, D, F, V, Vp, T;
-    int bos;                       // token that starts a document
-    bool doc_mask;                 // attention and smear stay inside a document
-    int window[MODEL_MAX_LAYERS];  // W_i: a query of layer i sees the W_i keys before it, and itself
+    int bos;        // token that starts a document
+    bool doc_mask;  // attention and smear stay inside a document
+    int window
+        [MODEL_MAX_LAYERS];  // W_i: a query of layer i sees the W_i keys before it, and itself
 } Config;
 
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-static inline bool config_has_value_embed(const Config *c, int layer) { return layer % 2 == (c->L - 1) % 2; }
+static inline bool config_has_value_embed(const Config *c, int layer) {
+    return layer % 2 == (c->L - 1) % 2;
+}
 
 // Below three layers there is nothing to take back: backout_lambda is 0, without gradient, and stays.
 static inline bool config_has_backout(const Config *c) { return c->L >= 3; }
@@ -74,14 +77,20 @@ static inline Config config_from_flags(const Flags *f, int vocab, int bos) {
     c.bos = f->bos >= 0 ? f->bos : bos >= 0 ? bos : c.V > 50256 ? 50256 : c.V - 1;
     c.doc_mask = f->doc_mask;
     if (c.C % c.H || c.D % 2)
-        die(EXIT_USAGE, "--channels %d and --heads %d: found C/H = %g, expected an even whole number", c.C, c.H, (double)c.C / c.H);
+        die(EXIT_USAGE,
+            "--channels %d and --heads %d: found C/H = %g, expected an even whole number", c.C, c.H,
+            (double)c.C / c.H);
     if (c.C < SMEAR_CHANNELS || c.C % 8)
-        die(EXIT_USAGE, "--channels: found %d, expected a multiple of 8 from %d on", c.C, SMEAR_CHANNELS);
-    if (c.V < vocab) die(EXIT_USAGE, "--vocab: found %d, expected at least %d, the tokenizer's", c.V, vocab);
-    if (c.V < 2 || c.bos >= c.V) die(EXIT_USAGE, "--vocab %d: expected at least 2, and more than --bos %d", c.V, c.bos);
+        die(EXIT_USAGE, "--channels: found %d, expected a multiple of 8 from %d on", c.C,
+            SMEAR_CHANNELS);
+    if (c.V < vocab)
+        die(EXIT_USAGE, "--vocab: found %d, expected at least %d, the tokenizer's", c.V, vocab);
+    if (c.V < 2 || c.bos >= c.V)
+        die(EXIT_USAGE, "--vocab %d: expected at least 2, and more than --bos %d", c.V, c.bos);
     size_t period = strlen(f->window_pattern);
     if (!period || strspn(f->window_pattern, "SL") != period)
-        die(EXIT_USAGE, "--window-pattern: found '%s', expected letters S (short) and L (long)", f->window_pattern);
+        die(EXIT_USAGE, "--window-pattern: found '%s', expected letters S (short) and L (long)",
+            f->window_pattern);
     int window_short = f->window_short ? f->window_short : round_up((c.T + 3) / 4, 128);
     for (int i = 0; i < c.L; i++) {
         bool is_long = f->window_pattern[(size_t)i % period] == 'L' || i == c.L - 1;
@@ -95,31 +104,50 @@ static inline Config config_from_flags(const Flags *f, int vocab, int bos) {
 
 // One name for each role a tensor can play; those of a layer come once per layer.
 typedef enum {
-    WTE, SMEAR_GATE, SMEAR_LAMBDA,
-    WQ, WK, WV, WO, WFC, WPROJ, VE_GATE, VALUE_EMBED,
-    RESID_LAMBDA, X0_LAMBDA, BACKOUT_LAMBDA, LM_HEAD,
+    WTE,
+    SMEAR_GATE,
+    SMEAR_LAMBDA,
+    WQ,
+    WK,
+    WV,
+    WO,
+    WFC,
+    WPROJ,
+    VE_GATE,
+    VALUE_EMBED,
+    RESID_LAMBDA,
+    X0_LAMBDA,
+    BACKOUT_LAMBDA,
+    LM_HEAD,
 } Role;
 
 // Groups share an optimizer and its numbers (schedule.h).
 typedef enum {
-    GROUP_LM_HEAD, GROUP_WTE, GROUP_VALUE_EMBED, GROUP_RESID, GROUP_X0, GROUP_SMEAR, GROUP_MATRIX,
+    GROUP_LM_HEAD,
+    GROUP_WTE,
+    GROUP_VALUE_EMBED,
+    GROUP_RESID,
+    GROUP_X0,
+    GROUP_SMEAR,
+    GROUP_MATRIX,
     GROUP_COUNT,
 } Group;
 
 typedef enum { INIT_RAMP, INIT_UNIFORM, INIT_NORMAL } InitKind;
 typedef struct {
     InitKind kind;
-    double a, b;  // ramp: from a to b over the elements; uniform: a .. b; normal: standard deviation a
+    double a,
+        b;  // ramp: from a to b over the elements; uniform: a .. b; normal: standard deviation a
 } Init;
 
 typedef struct {
-    char name[48];       // "layers.3.wq", in every file
+    char name[48];  // "layers.3.wq", in every file
     Role role;
-    int layer;           // -1 outside the layers
-    int ndim;            // 1: (cols); 2: (rows, cols)
+    int layer;  // -1 outside the layers
+    int ndim;   // 1: (cols); 2: (rows, cols)
     int rows, cols;
-    int live_rows;       // rows from here on are padding: 0, and stay 0
-    bool frozen;         // gets no gradient and no update
+    int live_rows;  // rows from here on are padding: 0, and stay 0
+    bool frozen;    // gets no gradient and no update
     Group group;
     Init init, test_init;
     size_t offset;       // where it starts in the arena of parameters, in elements
@@ -140,12 +168,14 @@ static inline size_t tensor_numel(const Tensor *t) { return (size_t)t->rows * (s
 // Tensors start at multiples of 64 bytes; where C is a multiple of 4, wq, wk and wv touch.
 enum { TABLE_ALIGN = 16 };
 
-static inline void table_add(Table *t, const char *name, Role role, int layer, int rows, int cols, Group group,
-                             Init init, Init test_init) {
+static inline void table_add(Table *t, const char *name, Role role, int layer, int rows, int cols,
+                             Group group, Init init, Init test_init) {
     Tensor *x = &t->tensor[t->count++];
     memset(x, 0, sizeof *x);
-    if (layer < 0) snprintf(x->name, sizeof x->name, "%s", name);
-    else snprintf(x->name, sizeof x->name, "layers.%d.%s", layer, name);
+    if (layer < 0)
+        snprintf(x->name, sizeof x->name, "%s", name);
+    else
+        snprintf(x->name, sizeof x->name, "layers.%d.%s", layer, name);
     x->role = role, x->layer = layer, x->group = group;
     x->ndim = rows ? 2 : 1;
     x->rows = x->live_rows = rows ? rows : 1, x->cols = cols;
@@ -158,9 +188,18 @@ static inline void table_add(Table *t, const char *name, Role role, int layer, i
     t->state_numel += (x->state_count + TABLE_ALIGN - 1) / TABLE_ALIGN * TABLE_ALIGN;
 }
 
-static inline Init init_ramp(double a, double b) { Init i = {INIT_RAMP, a, b}; return i; }
-static inline Init init_uniform(double a, double b) { Init i = {INIT_UNIFORM, a, b}; return i; }
-static inline Init init_normal(double std) { Init i = {INIT_NORMAL, std, 0}; return i; }
+static inline Init init_ramp(double a, double b) {
+    Init i = {INIT_RAMP, a, b};
+    return i;
+}
+static inline Init init_uniform(double a, double b) {
+    Init i = {INIT_UNIFORM, a, b};
+    return i;
+}
+static inline Init init_normal(double std) {
+    Init i = {INIT_NORMAL, std, 0};
+    return i;
+}
 
 // Builds the table; table_free releases it. The second Init of each row is --init test's: at the
 // default one wo = wproj = 0 silence most of the network, so it can not be compared there.
@@ -171,9 +210,11 @@ static inline void table_init(Table *t, const Config *c) {
     Init backout = config_has_backout(c) ? init_ramp(0.2, 0.2) : zero;
     Init backout_test = config_has_backout(c) ? init_uniform(0.2, 0.4) : zero;
     memset(t, 0, sizeof *t);
-    t->tensor = (Tensor *)die_alloc((size_t)(8 * L + 7), sizeof *t->tensor, "the table of parameters");
+    t->tensor =
+        (Tensor *)die_alloc((size_t)(8 * L + 7), sizeof *t->tensor, "the table of parameters");
     table_add(t, "wte", WTE, -1, Vp, C, GROUP_WTE, init_normal(0.8), init_normal(0.8));
-    table_add(t, "smear_gate", SMEAR_GATE, -1, 0, SMEAR_CHANNELS, GROUP_SMEAR, init_uniform(0, 0.02), init_uniform(-0.5, 0.5));
+    table_add(t, "smear_gate", SMEAR_GATE, -1, 0, SMEAR_CHANNELS, GROUP_SMEAR,
+              init_uniform(0, 0.02), init_uniform(-0.5, 0.5));
     table_add(t, "smear_lambda", SMEAR_LAMBDA, -1, 0, 1, GROUP_SMEAR, zero, init_uniform(0.3, 0.6));
     for (int i = 0; i < L; i++) {
         table_add(t, "wq", WQ, i, C, C, GROUP_MATRIX, wide, wide);
@@ -183,16 +224,21 @@ static inline void table_init(Table *t, const Config *c) {
         table_add(t, "wfc", WFC, i, F, C, GROUP_MATRIX, init_uniform(-0.4 * b, 0.4 * b), wide);
         table_add(t, "wproj", WPROJ, i, C, F, GROUP_MATRIX, zero, init_uniform(-bf, bf));
         if (!config_has_value_embed(c, i)) continue;
-        table_add(t, "ve_gate", VE_GATE, i, H, GATE_CHANNELS, GROUP_MATRIX, init_uniform(0, 0.02), init_uniform(-0.5, 0.5));
+        table_add(t, "ve_gate", VE_GATE, i, H, GATE_CHANNELS, GROUP_MATRIX, init_uniform(0, 0.02),
+                  init_uniform(-0.5, 0.5));
         table_add(t, "value_embed", VALUE_EMBED, i, Vp, C, GROUP_VALUE_EMBED, wide, wide);
     }
-    table_add(t, "resid_lambda", RESID_LAMBDA, -1, 0, L, GROUP_RESID, init_ramp(1.15, 1.05), init_uniform(0.8, 1.2));
-    table_add(t, "x0_lambda", X0_LAMBDA, -1, 0, L, GROUP_X0, init_ramp(0.20, 0.05), init_uniform(0.1, 0.4));
+    table_add(t, "resid_lambda", RESID_LAMBDA, -1, 0, L, GROUP_RESID, init_ramp(1.15, 1.05),
+              init_uniform(0.8, 1.2));
+    table_add(t, "x0_lambda", X0_LAMBDA, -1, 0, L, GROUP_X0, init_ramp(0.20, 0.05),
+              init_uniform(0.1, 0.4));
     table_add(t, "backout_lambda", BACKOUT_LAMBDA, -1, 0, 1, GROUP_SMEAR, backout, backout_test);
     t->tensor[t->count - 1].frozen = !config_has_backout(c);
-    table_add(t, "lm_head", LM_HEAD, -1, Vp, C, GROUP_LM_HEAD, init_normal(0.001), init_normal(3 / sqrt(C)));
+    table_add(t, "lm_head", LM_HEAD, -1, Vp, C, GROUP_LM_HEAD, init_normal(0.001),
+              init_normal(3 / sqrt(C)));
     for (int i = 0; i < t->count; i++)
-        if (t->tensor[i].rows == Vp && t->tensor[i].group != GROUP_MATRIX) t->tensor[i].live_rows = c->V;
+        if (t->tensor[i].rows == Vp && t->tensor[i].group != GROUP_MATRIX)
+            t->tensor[i].live_rows = c->V;
 }
 
 static inline void table_free(Table *t) {
@@ -218,9 +264,12 @@ static inline void table_fill(const Table *t, float *params, uint32_t seed, bool
         int64_t live = (int64_t)x->live_rows * x->cols;
 #pragma omp parallel for
         for (int64_t e = 0; e < live; e++) {
-            double value = init.kind == INIT_RAMP     ? init.a + (live > 1 ? (init.b - init.a) * (double)e / (double)(live - 1) : 0)
-                           : init.kind == INIT_UNIFORM ? init.a + (init.b - init.a) * rand_uniform(key, (uint64_t)e)
-                                                       : init.a * rand_normal(key, (uint64_t)e);
+            double value =
+                init.kind == INIT_RAMP
+                    ? init.a + (live > 1 ? (init.b - init.a) * (double)e / (double)(live - 1) : 0)
+                : init.kind == INIT_UNIFORM
+                    ? init.a + (init.b - init.a) * rand_uniform(key, (uint64_t)e)
+                    : init.a * rand_normal(key, (uint64_t)e);
             params[x->offset + (size_t)e] = (float)value;
         }
     }

@@ -39,7 +39,9 @@ typedef struct {
 } GroupNumbers;
 
 // The factors that step it of n puts on every group's lr and on Muon's wd, and Muon's momentum.
-typedef struct { double lr, momentum, wd; } Schedule;
+typedef struct {
+    double lr, momentum, wd;
+} Schedule;
 
 static inline int64_t plan_default_batch(double horizon, double horizon12) {
     return (int64_t)exp2(rint(log2(exp2(19) * pow(horizon / horizon12, 0.383))));
@@ -60,19 +62,25 @@ static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
     p.horizon12 = f->ratio * (12.0 * 12 * 768 * 768 + 768.0 * c->V);
     p.batch = f->batch_tokens ? f->batch_tokens : plan_default_batch(p.horizon, p.horizon12);
     if (p.batch % c->T)
-        die(EXIT_USAGE, "--batch-tokens: found %lld, expected a multiple of --seq-len %d", (long long)p.batch, c->T);
+        die(EXIT_USAGE, "--batch-tokens: found %lld, expected a multiple of --seq-len %d",
+            (long long)p.batch, c->T);
     int64_t rows = p.batch / c->T;
     if (rows % ranks)
-        die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of the %d ranks", (long long)p.batch, (long long)rows, ranks);
+        die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of the %d ranks",
+            (long long)p.batch, (long long)rows, ranks);
     p.micro_rows = f->micro_batch ? f->micro_batch : plan_default_micro_rows(rows / ranks, c->T);
     if (rows % ((int64_t)p.micro_rows * ranks))
-        die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of --micro-batch %d on %d ranks", (long long)p.batch,
-            (long long)rows, p.micro_rows, ranks);
+        die(EXIT_USAGE,
+            "--batch-tokens %lld: found %lld rows, expected a multiple of --micro-batch %d on %d "
+            "ranks",
+            (long long)p.batch, (long long)rows, p.micro_rows, ranks);
     p.micro_steps = (int)(rows / ((int64_t)p.micro_rows * ranks));
     int64_t tokens = f->tokens ? f->tokens : (int64_t)floor(p.horizon);
     p.steps = f->steps ? f->steps : tokens / p.batch;
     if (p.steps < 1)
-        die(EXIT_USAGE, "found less than one step: %lld tokens in batches of %lld; raise --tokens or --ratio, or lower --batch-tokens",
+        die(EXIT_USAGE,
+            "found less than one step: %lld tokens in batches of %lld; raise --tokens or --ratio, "
+            "or lower --batch-tokens",
             (long long)tokens, (long long)p.batch);
     return p;
 }
@@ -81,14 +89,18 @@ static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
 static inline GroupNumbers plan_group(const Plan *p, const Flags *f, const Config *c, Group group) {
     double batch_scale = sqrt((double)p->batch / exp2(19)), width_scale = sqrt(768.0 / c->C);
     GroupNumbers table[GROUP_COUNT] = {
-        /* GROUP_LM_HEAD     */ {"lm_head", f->lr_lm_head * width_scale * batch_scale, 0.8, 0.96, 1e-10, 0.01},
-        /* GROUP_WTE         */ {"wte", f->lr_wte * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.001},
-        /* GROUP_VALUE_EMBED */ {"value_embed", f->lr_value_embed * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.01},
+        /* GROUP_LM_HEAD     */ {"lm_head", f->lr_lm_head * width_scale * batch_scale, 0.8, 0.96,
+                                 1e-10, 0.01},
+        /* GROUP_WTE         */
+        {"wte", f->lr_wte * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.001},
+        /* GROUP_VALUE_EMBED */
+        {"value_embed", f->lr_value_embed * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.01},
         /* GROUP_RESID       */ {"resid_lambda", f->lr_resid * batch_scale, 0.8, 0.95, 1e-8, 0.05},
         /* GROUP_X0          */ {"x0_lambda", f->lr_x0 * batch_scale, 0.96, 0.95, 1e-8, 0},
         /* GROUP_SMEAR       */ {"smear, backout", f->lr_smear, 0.8, 0.95, 1e-8, 0},
-        /* GROUP_MATRIX      */ {"matrices (Muon)", f->lr_matrix * batch_scale, 0, 0.9, 1e-10,
-                                 f->wd_matrix * batch_scale * p->horizon12 / p->horizon},
+        /* GROUP_MATRIX      */
+        {"matrices (Muon)", f->lr_matrix * batch_scale, 0, 0.9, 1e-10,
+         f->wd_matrix * batch_scale * p->horizon12 / p->horizon},
     };
     return table[group];
 }
@@ -96,10 +108,14 @@ static inline GroupNumbers plan_group(const Plan *p, const Flags *f, const Confi
 // The schedule at step it = 0 .. n-1 of n.
 static inline Schedule schedule_at(int64_t it, int64_t n, int warmup) {
     Schedule s;
-    double d = rint(0.65 * (double)n), x = (double)it, end = (double)n;  // d: steps in which lr falls
+    double x = (double)it, end = (double)n, d = rint(0.65 * end);  // d: steps in which lr falls
     double left = (end - x) / d;
-    s.lr = it < warmup ? (x + 1) / warmup : x <= end - d ? 1 : left + 0.05 * (1 - left);
-    s.momentum = it < 400 ? 0.85 + 0.12 * x / 400 : x >= end - d ? 0.97 - 0.07 * (x - (end - d)) / d : 0.97;
+    if (it < warmup) s.lr = (x + 1) / warmup;
+    else if (x <= end - d) s.lr = 1;
+    else s.lr = left + 0.05 * (1 - left);
+    if (it < 400) s.momentum = 0.85 + 0.12 * x / 400;
+    else if (x >= end - d) s.momentum = 0.97 - 0.07 * (x - (end - d)) / d;
+    else s.momentum = 0.97;
     s.wd = (1 + cos(3.141592653589793 * x / end)) / 2;
     return s;
 }

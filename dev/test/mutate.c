@@ -17,13 +17,16 @@
 #include "llmc/die.h"       // die
 #include "llmc/io.h"        // io_read_file, io_write_file, io_make_dir
 
-typedef struct { char *file, *what, *from, *to; } Mutation;
+typedef struct {
+    char *file, *what, *from, *to;
+} Mutation;
 
 // The text behind the two characters of the next line that starts with `mark`; advances *at.
 static char *next_line(char **at, char mark, const char *list) {
     while (**at == '#' || **at == '\n') *at += strcspn(*at, "\n"), *at += **at == '\n';
     if (!**at && mark == '@') return NULL;
-    if (**at != mark || (*at)[1] != ' ') die(EXIT_USAGE, "%s: found '%.30s', expected a line '%c ...'", list, *at, mark);
+    if (**at != mark || (*at)[1] != ' ')
+        die(EXIT_USAGE, "%s: found '%.30s', expected a line '%c ...'", list, *at, mark);
     char *line = *at + 2;
     *at += strcspn(*at, "\n");
     if (**at) *(*at)++ = 0;
@@ -72,7 +75,9 @@ static bool write_mutant(const Mutation *m, const char *dir) {
 static const char *try_mutant(const char *dir, const char *flags, const char *libraries) {
     char command[8192];
     const char *cc = getenv("CC");
-    snprintf(command, sizeof command, "%s -I%s %s -w -O1 -DIO_FAULTS dev/test/test_train_gpt2.c -o %s/test %s > %s/compile.log 2>&1",
+    snprintf(command, sizeof command,
+             "%s -I%s %s -w -O1 -DIO_FAULTS dev/test/test_train_gpt2.c -o %s/test %s > "
+             "%s/compile.log 2>&1",
              cc ? cc : "cc", dir, flags, dir, libraries, dir);
     if (system(command)) return "FAILED, does not compile";
     snprintf(command, sizeof command, "OMP_NUM_THREADS=1 %s/test > %s/run.log 2>&1", dir, dir);
@@ -94,14 +99,21 @@ int main(int argc, char **argv) {
         snprintf(copy, sizeof copy, "cp train_gpt2.c %s/", dir);
         if (io_make_dir(llmc) || system(copy)) die(EXIT_INTERNAL, "cannot make %s", dir);
         bool once = i < 0 || write_mutant(&list[i], dir);
-        const char *verdict = once ? try_mutant(dir, argv[2], argv[3]) : "FAILED, its text is not there exactly once";
-        if (i < 0) verdict = !strcmp(verdict, "FAILED, not noticed") ? "ok" : "FAILED, the comparison fails without an error";
+        const char *verdict =
+            once ? try_mutant(dir, argv[2], argv[3]) : "FAILED, its text is not there exactly once";
+        if (i < 0)
+            verdict = !strcmp(verdict, "FAILED, not noticed")
+                          ? "ok"
+                          : "FAILED, the comparison fails without an error";
 #pragma omp critical
         {
-            printf("%-6s %s: %s\n", verdict, i < 0 ? "train_gpt2.c" : list[i].file, i < 0 ? "no error" : list[i].what);
+            printf("%-6s %s: %s\n", verdict, i < 0 ? "train_gpt2.c" : list[i].file,
+                   i < 0 ? "no error" : list[i].what);
             fflush(stdout);
-            if (strcmp(verdict, "ok")) test_failed++;
-            else test_passed++;
+            if (strcmp(verdict, "ok"))
+                test_failed++;
+            else
+                test_passed++;
         }
     }
     return test_end();

@@ -29,8 +29,8 @@ static inline double test_seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-__attribute__((format(printf, 4, 5)))
-static inline void test_check(bool ok, const char *file, int line, const char *format, ...) {
+__attribute__((format(printf, 4, 5))) static inline void
+test_check(bool ok, const char *file, int line, const char *format, ...) {
     if (ok) return;
     test_ok = false;
     printf("  FAILED %s:%d: ", file, line);
@@ -42,29 +42,32 @@ static inline void test_check(bool ok, const char *file, int line, const char *f
 }
 
 #define TEST(name) static void test_##name(void)
-#define CHECK(x) test_check((x), __FILE__, __LINE__, "%s", #x)
-#define CHECK_INT(a, b)                                                                                        \
-    do {                                                                                                       \
-        long long a_ = (long long)(a), b_ = (long long)(b);                                                    \
-        test_check(a_ == b_, __FILE__, __LINE__, "%s: found %lld, expected %lld (%s)", #a, a_, b_, #b);        \
+#define CHECK(x)   test_check((x), __FILE__, __LINE__, "%s", #x)
+#define CHECK_INT(a, b)                                                                            \
+    do {                                                                                           \
+        long long a_ = (long long)(a), b_ = (long long)(b);                                        \
+        test_check(a_ == b_, __FILE__, __LINE__, "%s: found %lld, expected %lld (%s)", #a, a_, b_, \
+                   #b);                                                                            \
     } while (0)
-#define CHECK_STR(a, b)                                                                                        \
-    do {                                                                                                       \
-        const char *a_ = (a), *b_ = (b);                                                                       \
-        test_check(!strcmp(a_, b_), __FILE__, __LINE__, "%s: found '%s', expected '%s'", #a, a_, b_);          \
+#define CHECK_STR(a, b)                                                                            \
+    do {                                                                                           \
+        const char *a_ = (a), *b_ = (b);                                                           \
+        test_check(!strcmp(a_, b_), __FILE__, __LINE__, "%s: found '%s', expected '%s'", #a, a_,   \
+                   b_);                                                                            \
     } while (0)
-#define CHECK_NEAR(a, b, tolerance)                                                                            \
-    do {                                                                                                       \
-        double a_ = (a), b_ = (b);                                                                             \
-        test_check(fabs(a_ - b_) <= (tolerance), __FILE__, __LINE__, "%s: found %.17g, expected %.17g", #a, a_, b_); \
+#define CHECK_NEAR(a, b, tolerance)                                                                \
+    do {                                                                                           \
+        double a_ = (a), b_ = (b);                                                                 \
+        test_check(fabs(a_ - b_) <= (tolerance), __FILE__, __LINE__,                               \
+                   "%s: found %.17g, expected %.17g", #a, a_, b_);                                 \
     } while (0)
 
 // Marks the test as skipped, with the reason, and leaves it.
-#define SKIP(reason)                                   \
-    do {                                               \
-        printf("  skipped: %s\n", reason);             \
-        test_was_skipped = true;                       \
-        return;                                        \
+#define SKIP(reason)                                                                               \
+    do {                                                                                           \
+        printf("  skipped: %s\n", reason);                                                         \
+        test_was_skipped = true;                                                                   \
+        return;                                                                                    \
     } while (0)
 
 #define RUN(name) test_run(#name, test_##name)
@@ -74,9 +77,12 @@ static inline void test_run(const char *name, void (*body)(void)) {
     body();
     const char *verdict = !test_ok ? "FAILED" : test_was_skipped ? "skip" : "ok";
     printf("%-6s %s (%.2f s)\n", verdict, name, test_seconds() - start);
-    if (!test_ok) test_failed++;
-    else if (test_was_skipped) test_skipped++;
-    else test_passed++;
+    if (!test_ok)
+        test_failed++;
+    else if (test_was_skipped)
+        test_skipped++;
+    else
+        test_passed++;
     fflush(stdout);
 }
 
@@ -104,14 +110,18 @@ static inline bool test_dies(int code, const char *message, const char *file, in
     close(pipes[1]);
     char text[4096];
     size_t n = 0;
-    for (ssize_t got; n < sizeof text - 1 && (got = read(pipes[0], text + n, sizeof text - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got;
+         n < sizeof text - 1 && (got = read(pipes[0], text + n, sizeof text - 1 - n)) > 0;)
+        n += (size_t)got;
     text[n] = 0;
     close(pipes[0]);
     int status = 0;
     waitpid(pid, &status, 0);
     int found = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
-    test_check(found == code, file, line, "exit code %d, expected %d; it said: %s", found, code, text);
-    test_check(strstr(text, message) != NULL, file, line, "found message: %s expected in it: %s", text, message);
+    test_check(found == code, file, line, "exit code %d, expected %d; it said: %s", found, code,
+               text);
+    test_check(strstr(text, message) != NULL, file, line, "found message: %s expected in it: %s",
+               text, message);
     return false;
 }
 #define DIES(code, message) while (test_dies(code, message, __FILE__, __LINE__))
