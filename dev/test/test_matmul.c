@@ -105,6 +105,17 @@ TEST(no_products_give_zero_or_nothing) {
     free(nothing);
 }
 
+TEST(any_strides_will_do) {
+    enum { M = 13, N = 35, K = 21 };
+    float *pa = numbers(M * 100, 1), *pb = numbers(K * 200, 2), *c = numbers(M * (N + GUARD), 3);
+    for (int i = 0; i < M; i++)
+        for (int j = N; j < N + GUARD; j++) c[i * (N + GUARD) + j] = POISON;
+    MatmulView a = {pa, 100, 3}, b = {pb, 200, 5};
+    matmul(c, N + GUARD, a, b, M, N, K, 0);
+    check_product(c, NULL, a, b, M, N, K, "c =");
+    free(pa), free(pb), free(c);
+}
+
 // The three products of a linear layer over n rows.
 static void check_linear(int n, int in, int out) {
     float *x = numbers((int64_t)n * in, 1), *w = numbers((int64_t)out * in, 2), *dy = numbers((int64_t)n * out, 3);
@@ -203,6 +214,7 @@ int main(void) {
     RUN(borders_of_the_blocks);
     RUN(several_blocks_each_way);
     RUN(no_products_give_zero_or_nothing);
+    RUN(any_strides_will_do);
     RUN(linear_layer);
     RUN(bits_do_not_depend_on_threads);
     RUN(bits_of_a_row_do_not_depend_on_the_other_rows);
