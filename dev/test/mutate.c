@@ -80,7 +80,7 @@ static const char *try_mutant(const char *dir, const char *flags, const char *li
              "%s/compile.log 2>&1",
              cc ? cc : "cc", dir, flags, dir, libraries, dir);
     if (system(command)) return "FAILED, does not compile";
-    snprintf(command, sizeof command, "OMP_NUM_THREADS=1 %s/test > %s/run.log 2>&1", dir, dir);
+    snprintf(command, sizeof command, "TEST_STOP=1 OMP_NUM_THREADS=1 %s/test > %s/run.log 2>&1", dir, dir);
     if (!system(command)) return "FAILED, not noticed";
     snprintf(command, sizeof command, "grep -q '^FAILED' %s/run.log", dir);
     return system(command) ? "FAILED, ended without a verdict" : "ok";

@@ -3,9 +3,10 @@
 //     TEST(adds_up) { CHECK(1 + 1 == 2); CHECK_INT(1 + 1, 2); }
 //     int main(int argc, char **argv) { RUN(adds_up); return test_end(); }
 //
-// A failed CHECK prints file, line, the expression and both values, marks the test failed and goes on.
-// DIES(code, "part of the message") { ... } runs its block in a child process and checks how it ended.
-// test_end prints "N passed, N failed" and returns 0 when none failed.
+// A failed CHECK prints file, line, the expression and both values, marks the test failed and goes
+// on. DIES(code, "part of the message") { ... } runs its block in a child process and checks how it
+// ended. test_end prints "N passed, N failed" and returns 0 when none failed. With TEST_STOP in the
+// environment the first failed test is the last.
 #ifndef DEV_TEST_H
 #define DEV_TEST_H
 
@@ -70,6 +71,12 @@ test_check(bool ok, const char *file, int line, const char *format, ...) {
         return;                                                                                    \
     } while (0)
 
+static inline int test_end(void) {
+    printf("%d passed, %d failed", test_passed, test_failed);
+    printf(test_skipped ? ", %d skipped\n" : "\n", test_skipped);
+    return test_failed != 0;
+}
+
 #define RUN(name) test_run(#name, test_##name)
 static inline void test_run(const char *name, void (*body)(void)) {
     test_ok = true, test_was_skipped = false;
@@ -84,12 +91,7 @@ static inline void test_run(const char *name, void (*body)(void)) {
     else
         test_passed++;
     fflush(stdout);
-}
-
-static inline int test_end(void) {
-    printf("%d passed, %d failed", test_passed, test_failed);
-    printf(test_skipped ? ", %d skipped\n" : "\n", test_skipped);
-    return test_failed != 0;
+    if (!test_ok && getenv("TEST_STOP")) exit(test_end());
 }
 
 // The child's side of DIES: forks; returns true in the child, whose stderr goes to a pipe; in the
