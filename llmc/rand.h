@@ -27,7 +27,9 @@
 
 enum { RAND_PARAMETER = 0, RAND_SHUFFLE = 1, RAND_SAMPLE = 2, RAND_SKETCH = 3, RAND_SPLIT = 4 };
 
-typedef struct { uint32_t seed, stream, purpose; } RandKey;
+typedef struct {
+    uint32_t seed, stream, purpose;
+} RandKey;
 
 // The function of the paper: ten rounds over the counter c with the key k.
 static inline void rand_philox(uint32_t out[4], uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
@@ -44,7 +46,8 @@ static inline void rand_philox(uint32_t out[4], uint32_t c0, uint32_t c1, uint32
 
 // The four words that belong to elements 4*block .. 4*block+3.
 static inline void rand_words(uint32_t out[4], RandKey key, uint64_t block) {
-    rand_philox(out, (uint32_t)block, (uint32_t)(block >> 32), key.purpose, 0, key.seed, key.stream);
+    rand_philox(out, (uint32_t)block, (uint32_t)(block >> 32), key.purpose, 0, key.seed,
+                key.stream);
 }
 
 static inline uint32_t rand_u32(RandKey key, uint64_t element) {

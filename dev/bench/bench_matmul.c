@@ -33,8 +33,8 @@ static const char *const product_name[] = {"forward", "dgrad", "wgrad"};
 // One linear layer, its operands, and the result of each product from either side.
 typedef struct {
     int n, in, out;
-    float *x, *w, *dy;    // (n, in), (out, in), (n, out)
-    float *ours, *theirs; // large enough for any of the three
+    float *x, *w, *dy;     // (n, in), (out, in), (n, out)
+    float *ours, *theirs;  // large enough for any of the three
 } Layer;
 
 static double seconds(void) {
@@ -53,11 +53,14 @@ static void run_theirs(const Layer *l, Product product) {
 #ifdef USE_OPENBLAS
     int n = l->n, in = l->in, out = l->out;
     if (product == FORWARD)
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, out, in, 1, l->x, in, l->w, in, 0, l->theirs, out);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, out, in, 1, l->x, in, l->w, in, 0,
+                    l->theirs, out);
     if (product == DGRAD)
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, in, out, 1, l->dy, out, l->w, in, 0, l->theirs, in);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, in, out, 1, l->dy, out, l->w, in,
+                    0, l->theirs, in);
     if (product == WGRAD)
-        cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, out, in, n, 1, l->dy, out, l->x, in, 1, l->theirs, in);
+        cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, out, in, n, 1, l->dy, out, l->x, in, 1,
+                    l->theirs, in);
 #else
     (void)l, (void)product;
 #endif
@@ -80,7 +83,8 @@ static Layer layer_init(int n, int in, int out) {
     l.x = random_numbers((size_t)n * (size_t)in, 0);
     l.w = random_numbers((size_t)out * (size_t)in, 1);
     l.dy = random_numbers((size_t)n * (size_t)out, 2);
-    size_t most = fmax(fmax((double)result_size(&l, FORWARD), (double)result_size(&l, DGRAD)), (double)result_size(&l, WGRAD));
+    size_t most = fmax(fmax((double)result_size(&l, FORWARD), (double)result_size(&l, DGRAD)),
+                       (double)result_size(&l, WGRAD));
     l.ours = (float *)die_alloc(most, sizeof *l.ours, "a result");
     l.theirs = (float *)die_alloc(most, sizeof *l.theirs, "a result");
     return l;
@@ -104,7 +108,8 @@ static double median(double *x) {
 
 // Seconds of one run, the mean of `repeats` in a row. The pause lets the other library's threads
 // stop spinning.
-static double timed(void (*run)(const Layer *, Product), const Layer *l, Product product, int repeats) {
+static double timed(void (*run)(const Layer *, Product), const Layer *l, Product product,
+                    int repeats) {
     usleep(3000);
     double start = seconds();
     for (int i = 0; i < repeats; i++) run(l, product);
@@ -129,7 +134,8 @@ static void bench(const Layer *l, Product product, double peak) {
     run_ours(l, product), run_theirs(l, product);
 #ifdef USE_OPENBLAS
     if (difference(l, product) > 1e-4)
-        die(EXIT_INTERNAL, "%s %d x %d x %d: results differ by %g", product_name[product], l->n, l->in, l->out, difference(l, product));
+        die(EXIT_INTERNAL, "%s %d x %d x %d: results differ by %g", product_name[product], l->n,
+            l->in, l->out, difference(l, product));
 #else
     (void)difference;
 #endif
@@ -138,7 +144,8 @@ static void bench(const Layer *l, Product product, double peak) {
         theirs[turn] = timed(run_theirs, l, product, repeats);
     }
     double mine = flops / median(ours) * 1e-9, other = flops / median(theirs) * 1e-9;
-    printf("%5d x %5d x %5d  %-8s %9.1f %8.0f%%", l->n, l->in, l->out, product_name[product], mine, 100 * mine / peak);
+    printf("%5d x %5d x %5d  %-8s %9.1f %8.0f%%", l->n, l->in, l->out, product_name[product], mine,
+           100 * mine / peak);
 #ifdef USE_OPENBLAS
     printf(" %9.1f %8.0f%% %8.2f", other, 100 * other / peak, mine / other);
 #else
@@ -158,8 +165,10 @@ static double register_peak(void) {
 #pragma omp parallel reduction(+ : threads)
         {
             MatmulVec sum[SUMS], factor, term;
-            memset(sum, 0, sizeof sum), memset(&factor, 0, sizeof factor), memset(&term, 0, sizeof term);
-            __asm__ volatile("" : "+x"(factor), "+x"(term));  // the compiler must not know they are 0
+            memset(sum, 0, sizeof sum), memset(&factor, 0, sizeof factor),
+                memset(&term, 0, sizeof term);
+            __asm__ volatile(""
+                             : "+x"(factor), "+x"(term));  // the compiler must not know they are 0
             for (int step = 0; step < STEPS; step++) {
 #pragma GCC unroll 12
                 for (int i = 0; i < SUMS; i++) sum[i] = sum[i] * factor + term;
@@ -173,9 +182,9 @@ static double register_peak(void) {
 }
 
 static const int shapes[][3] = {
-    {1024, 768, 3072}, {3072, 768, 768}, {256, 256, 50257},       // depth 12, and a head of depth 4
-    {2048, 128, 384},  {2048, 128, 512}, {2048, 512, 128}, {2048, 128, 128},  // depth 2
-    {1, 768, 3072},                                               // sampling
+    {1024, 768, 3072}, {3072, 768, 768}, {256, 256, 50257},  // depth 12, and a head of depth 4
+    {2048, 128, 384},  {2048, 128, 512}, {2048, 512, 128},  {2048, 128, 128},  // depth 2
+    {1, 768, 3072},                                                            // sampling
 };
 
 int main(int argc, char **argv) {
@@ -185,13 +194,16 @@ int main(int argc, char **argv) {
         execv("/proc/self/exe", argv);
     }
     double peak = register_peak();
-    printf("%d threads, %d numbers a vector; multiply-adds in registers: %.1f GFLOP/s\n", omp_get_max_threads(), MATMUL_LANES, peak);
+    printf("%d threads, %d numbers a vector; multiply-adds in registers: %.1f GFLOP/s\n",
+           omp_get_max_threads(), MATMUL_LANES, peak);
 #ifdef USE_OPENBLAS
     openblas_set_num_threads(omp_get_max_threads());
     printf("OpenBLAS: kernel %s, %s\n", openblas_get_corename(), openblas_get_config());
-    printf("\n%5s   %5s   %5s  %-8s %9s %9s %9s %9s %8s\n", "n", "in", "out", "product", "GFLOP/s", "of peak", "OpenBLAS", "of peak", "ratio");
+    printf("\n%5s   %5s   %5s  %-8s %9s %9s %9s %9s %8s\n", "n", "in", "out", "product", "GFLOP/s",
+           "of peak", "OpenBLAS", "of peak", "ratio");
 #else
-    printf("without OpenBLAS: it was not found\n\n%5s   %5s   %5s  %-8s %9s %9s\n", "n", "in", "out", "product", "GFLOP/s", "of peak");
+    printf("without OpenBLAS: it was not found\n\n%5s   %5s   %5s  %-8s %9s %9s\n", "n", "in",
+           "out", "product", "GFLOP/s", "of peak");
 #endif
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         Layer l = layer_init(shapes[i][0], shapes[i][1], shapes[i][2]);

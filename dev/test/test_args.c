@@ -66,7 +66,8 @@ TEST(defaults_are_set) {
 }
 
 TEST(every_type_is_read) {
-    Values v = parse("--dry-run|1|--depth|7|--tokens|123456789012345|--rate|1e-3|--name|a b|--file|x|--file|y");
+    Values v = parse(
+        "--dry-run|1|--depth|7|--tokens|123456789012345|--rate|1e-3|--name|a b|--file|x|--file|y");
     CHECK(v.dry);
     CHECK_INT(v.depth, 7);
     CHECK_INT(v.tokens, 123456789012345);
@@ -92,9 +93,7 @@ TEST(empty_value_after_equals_sign) {
     DIES(EXIT_USAGE, "--depth: found '', expected a whole number") parse("--depth=");
 }
 
-TEST(later_value_replaces_earlier) {
-    CHECK_INT(parse("--depth|3|--depth|4").depth, 4);
-}
+TEST(later_value_replaces_earlier) { CHECK_INT(parse("--depth|3|--depth|4").depth, 4); }
 
 TEST(value_may_look_like_a_flag_or_a_file) {
     CHECK_STR(parse("--name|--depth").name, "--depth");
@@ -119,10 +118,13 @@ TEST(word_without_a_list_exits_2) {
 TEST(ranges_hold_at_their_ends) {
     CHECK_INT(parse("--depth|1").depth, 1);
     CHECK_INT(parse("--depth|128").depth, 128);
-    DIES(EXIT_USAGE, "--depth: found '0', expected a whole number from 1 to 128") parse("--depth|0");
-    DIES(EXIT_USAGE, "--depth: found '129', expected a whole number from 1 to 128") parse("--depth|129");
+    DIES(EXIT_USAGE, "--depth: found '0', expected a whole number from 1 to 128")
+    parse("--depth|0");
+    DIES(EXIT_USAGE, "--depth: found '129', expected a whole number from 1 to 128")
+    parse("--depth|129");
     DIES(EXIT_USAGE, "--rate: found '-0.1', expected a number from 0 to 10") parse("--rate|-0.1");
-    DIES(EXIT_USAGE, "--dry-run: found '2', expected a whole number from 0 to 1") parse("--dry-run|2");
+    DIES(EXIT_USAGE, "--dry-run: found '2', expected a whole number from 0 to 1")
+    parse("--dry-run|2");
     DIES(EXIT_USAGE, "--tokens: found '1000000000000001'") parse("--tokens|1000000000000001");
 }
 
@@ -131,7 +133,8 @@ TEST(int_without_range_is_bounded_by_its_type) {
     Arg one = {"n", ARG_INT, &value, "-2147483648", "", 0, 0, false};
     args_set(&one, "-2147483648");
     CHECK_INT(value, -2147483647 - 1);
-    DIES(EXIT_USAGE, "--n: found '2147483648', expected a whole number") args_set(&one, "2147483648");
+    DIES(EXIT_USAGE, "--n: found '2147483648', expected a whole number")
+    args_set(&one, "2147483648");
     DIES(EXIT_USAGE, "99999999999999999999") args_set(&one, "99999999999999999999");
 }
 
@@ -176,7 +179,8 @@ TEST(missing_value_exits_2) {
 }
 
 TEST(file_is_read_in_place) {
-    Values v = parse_text("--depth 5 # a comment with --depth 6\n\n\t--name \"a  b # c\"\r\n--rate\n0.5\n#end");
+    Values v = parse_text(
+        "--depth 5 # a comment with --depth 6\n\n\t--name \"a  b # c\"\r\n--rate\n0.5\n#end");
     CHECK_INT(v.depth, 5);
     CHECK_STR(v.name, "a  b # c");
     CHECK(v.rate == 0.5);
@@ -194,7 +198,8 @@ TEST(file_quotes) {
 }
 
 TEST(file_of_single_letters_fits) {  // the most words for its size
-    DIES(EXIT_USAGE, "--name: found nothing behind it") parse_text("a b c d e f g h i j k l --name");
+    DIES(EXIT_USAGE, "--name: found nothing behind it")
+    parse_text("a b c d e f g h i j k l --name");
     CHECK_INT(parse_text("a b c d e f g").file.count, 7);
 }
 
@@ -242,12 +247,15 @@ static Values echoed(bool all) {
 }
 
 TEST(echo_reads_back) {
-    const char *names[] = {"plain", "two words", "", "#", "a#b", "\"", "say \"hi\"", "\"\"", "tab\there", "line\nbreak",
-                           "cr\r", "@file", "--depth", "back\\slash", "\xc3\xa9"};
+    const char *names[] = {"plain", "two words",  "",        "#",           "a#b",
+                           "\"",    "say \"hi\"", "\"\"",    "tab\there",   "line\nbreak",
+                           "cr\r",  "@file",      "--depth", "back\\slash", "\xc3\xa9"};
     const char *numbers[] = {"0.1", "1e-10", "0.3333333333333333", "1e-300", "2", "0"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char line[300];
-        snprintf(line, sizeof line, "--depth|3|--tokens|999999999999999|--dry-run|1|--rate=%s|--file|%s|--file|x y|--name=%s",
+        snprintf(line, sizeof line,
+                 "--depth|3|--tokens|999999999999999|--dry-run|1|--rate=%s|--file|%s|--file|x "
+                 "y|--name=%s",
                  numbers[i % 6], *names[i] ? names[i] : "-", names[i]);
         for (int all = 0; all < 2; all++) {
             parse(line);

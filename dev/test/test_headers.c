@@ -1,6 +1,6 @@
-// test_headers.c: every header in llmc/ compiles alone, without a warning, as C (gcc, clang), and all
-// of them together as C++20 (g++), since nvcc reads the same headers. A compiler that is not there is
-// skipped.
+// test_headers.c: every header in llmc/ compiles alone, without a warning, as C (gcc, clang), and
+// all of them together as C++20 (g++), since nvcc reads the same headers. A compiler that is not
+// there is skipped.
 #include "dev/test/test.h"
 #include "llmc/io.h"
 
@@ -28,7 +28,8 @@ static bool has(const char *compiler) {
 static char *include_each(const char *files, const char *compiler) {
     char command[800];
     snprintf(command, sizeof command,
-             "ls %s | xargs -P 2 -I{} sh -c 'echo \"#include \\\"{}\\\"\" | %s " WARNINGS " 2>&1 || echo \"{}: refused\"'",
+             "ls %s | xargs -P 2 -I{} sh -c 'echo \"#include \\\"{}\\\"\" | %s " WARNINGS
+             " 2>&1 || echo \"{}: refused\"'",
              files, compiler);
     return output_of(command);
 }
@@ -36,7 +37,9 @@ static char *include_each(const char *files, const char *compiler) {
 // The same in one file.
 static char *include_together(const char *files, const char *compiler) {
     char command[800];
-    snprintf(command, sizeof command, "for h in %s; do echo \"#include \\\"$h\\\"\"; done | %s " WARNINGS " 2>&1", files, compiler);
+    snprintf(command, sizeof command,
+             "for h in %s; do echo \"#include \\\"$h\\\"\"; done | %s " WARNINGS " 2>&1", files,
+             compiler);
     return output_of(command);
 }
 
@@ -60,12 +63,14 @@ TEST(together_as_cxx_with_gxx) {
     check_empty(include_together("llmc/*.h", "g++ -std=c++20 -x c++"));
 }
 
-// The checks themselves: a good header, one that lacks an include, one that warns, one that is C only.
+// The checks themselves: a good header, then one that lacks an include, one that warns, one that is
+// C only.
 TEST(bad_headers_are_noticed) {
     char dir[256], path[300];
-    const char *texts[] = {"static inline int f(void) { return 0; }\n", "static inline size_t f(void) { return 0; }\n",
-                           "static inline int f(int unused) { return 0; }\n",
-                           "#include <stdlib.h>\nstatic inline int *f(void) { return malloc(4); }\n"};
+    const char *texts[] = {
+        "static inline int f(void) { return 0; }\n", "static inline size_t f(void) { return 0; }\n",
+        "static inline int f(int unused) { return 0; }\n",
+        "#include <stdlib.h>\nstatic inline int *f(void) { return malloc(4); }\n"};
     snprintf(dir, sizeof dir, "%s", test_make_dir());
     snprintf(path, sizeof path, "%s/bad.h", dir);
     for (int i = 0; i < 4; i++) {

@@ -42,8 +42,9 @@ static const char *content(const char *path) {
     return text;
 }
 
-#define CHECK_SAYS(part) \
-    test_check(strstr(io_error, part) != NULL, __FILE__, __LINE__, "io_error: '%s', expected in it: '%s'", io_error, part)
+#define CHECK_SAYS(part)                                                                           \
+    test_check(strstr(io_error, part) != NULL, __FILE__, __LINE__,                                 \
+               "io_error: '%s', expected in it: '%s'", io_error, part)
 
 TEST(write_then_read) {
     begin();
@@ -70,9 +71,11 @@ TEST(write_then_read) {
 TEST(create_empties_and_append_keeps) {
     begin();
     IoFile f;
-    for (int i = 0; i < 2; i++) CHECK(!io_create(&f, in_dir("a")) && !io_write(&f, "one", 3) && !io_close(&f));
+    for (int i = 0; i < 2; i++)
+        CHECK(!io_create(&f, in_dir("a")) && !io_write(&f, "one", 3) && !io_close(&f));
     CHECK_STR(content(in_dir("a")), "one");
-    for (int i = 0; i < 2; i++) CHECK(!io_open_append(&f, in_dir("a")) && !io_write(&f, "+", 1) && !io_close(&f));
+    for (int i = 0; i < 2; i++)
+        CHECK(!io_open_append(&f, in_dir("a")) && !io_write(&f, "+", 1) && !io_close(&f));
     CHECK_STR(content(in_dir("a")), "one++");
     CHECK(!io_open_append(&f, in_dir("new")) && !io_write(&f, "x", 1) && !io_close(&f));
     CHECK_STR(content(in_dir("new")), "x");
@@ -270,7 +273,9 @@ static void fail_write_file_everywhere(IoFaultKind kind, const char *reason) {
     end();
 }
 
-TEST(write_file_on_a_full_disk) { fail_write_file_everywhere(IO_FAULT_ENOSPC, "No space left on device"); }
+TEST(write_file_on_a_full_disk) {
+    fail_write_file_everywhere(IO_FAULT_ENOSPC, "No space left on device");
+}
 TEST(write_file_on_a_bad_disk) { fail_write_file_everywhere(IO_FAULT_EIO, "Input/output error"); }
 
 TEST(write_file_of_a_new_name_leaves_nothing) {
@@ -385,15 +390,23 @@ TEST(failed_calls_keep_no_descriptor) {
 }
 
 TEST(faults_come_from_the_environment) {
-    struct { const char *spec; IoFaultKind kind; long at; } cases[] = {
-        {"enospc:3", IO_FAULT_ENOSPC, 3}, {"eio:1", IO_FAULT_EIO, 1}, {"short:20", IO_FAULT_SHORT, 20}, {"exit:7", IO_FAULT_EXIT, 7}};
+    struct {
+        const char *spec;
+        IoFaultKind kind;
+        long at;
+    } cases[] = {{"enospc:3", IO_FAULT_ENOSPC, 3},
+                 {"eio:1", IO_FAULT_EIO, 1},
+                 {"short:20", IO_FAULT_SHORT, 20},
+                 {"exit:7", IO_FAULT_EXIT, 7}};
     begin();
     for (int i = 0; i < 4; i++) {
         setenv("IO_FAULT", cases[i].spec, 1);
         fail_at(IO_FAULT_NONE, 0, false);
         char **names;
-        if (cases[i].at > 1) CHECK_INT(io_sync_dir("/no such folder"), -1);
-        else CHECK_INT(io_sync_dir(dir), -1);
+        if (cases[i].at > 1)
+            CHECK_INT(io_sync_dir("/no such folder"), -1);
+        else
+            CHECK_INT(io_sync_dir(dir), -1);
         CHECK_INT(io_fault.kind, cases[i].kind);
         CHECK_INT(io_fault.at, cases[i].at);
         CHECK_INT(io_list_dir(dir, &names), 0);

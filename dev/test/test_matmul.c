@@ -21,12 +21,13 @@ static float *numbers(int64_t count, uint32_t stream) {
     return x;
 }
 
-enum { GUARD = 3 };                   // numbers behind each row of c that must stay as they are
-static const float POISON = 1e30f;    // in them
+enum { GUARD = 3 };                 // numbers behind each row of c that must stay as they are
+static const float POISON = 1e30f;  // in them
 
-// Checks one product: c was `before` (NULL: it must not matter) and is now `after`. Every element may
-// be off by the error bound of a sum of K products in FP32, in any order.
-static void check_product(const float *after, const float *before, MatmulView a, MatmulView b, int M, int N, int K, const char *what) {
+// Checks one product: c was `before` (NULL: it must not matter) and is now `after`. Every element
+// may be off by the error bound of a sum of K products in FP32, in any order.
+static void check_product(const float *after, const float *before, MatmulView a, MatmulView b,
+                          int M, int N, int K, const char *what) {
     for (int i = 0; i < M; i++) {
         for (int j = 0; j < N + GUARD; j++) {
             int64_t at = (int64_t)i * (N + GUARD) + j;
@@ -37,7 +38,9 @@ static void check_product(const float *after, const float *before, MatmulView a,
             }
             if (j >= N) sum = POISON;
             if (fabs(after[at] - sum) <= (K + 2) * (double)FLT_EPSILON / 2 * size) continue;
-            test_check(false, __FILE__, __LINE__, "%s of %d x %d x %d at (%d, %d): found %g, expected %g", what, M, N, K, i, j, after[at], sum);
+            test_check(false, __FILE__, __LINE__,
+                       "%s of %d x %d x %d at (%d, %d): found %g, expected %g", what, M, N, K, i, j,
+                       after[at], sum);
             return;
         }
     }
@@ -45,7 +48,8 @@ static void check_product(const float *after, const float *before, MatmulView a,
 
 // Runs and checks c (M, N) = a b and c += a b with each operand stored either way.
 static void check_shape(int M, int N, int K) {
-    float *pa = numbers((int64_t)M * K, 1), *pb = numbers((int64_t)K * N, 2), *before = numbers((int64_t)M * (N + GUARD), 3);
+    float *pa = numbers((int64_t)M * K, 1), *pb = numbers((int64_t)K * N, 2),
+          *before = numbers((int64_t)M * (N + GUARD), 3);
     float *c = numbers((int64_t)M * (N + GUARD), 3);
     size_t size = (size_t)M * (size_t)(N + GUARD) * sizeof *c;
     for (int i = 0; i < M; i++)
@@ -118,8 +122,10 @@ TEST(any_strides_will_do) {
 
 // The three products of a linear layer over n rows.
 static void check_linear(int n, int in, int out) {
-    float *x = numbers((int64_t)n * in, 1), *w = numbers((int64_t)out * in, 2), *dy = numbers((int64_t)n * out, 3);
-    float *y = numbers((int64_t)n * out, 4), *dx = numbers((int64_t)n * in, 5), *dw = numbers((int64_t)out * in, 6);
+    float *x = numbers((int64_t)n * in, 1), *w = numbers((int64_t)out * in, 2),
+          *dy = numbers((int64_t)n * out, 3);
+    float *y = numbers((int64_t)n * out, 4), *dx = numbers((int64_t)n * in, 5),
+          *dw = numbers((int64_t)out * in, 6);
     float *before = numbers((int64_t)out * in, 6);
     matmul_forward(y, x, w, n, in, out);
     matmul_dgrad(dx, dy, w, n, in, out);
@@ -143,7 +149,9 @@ static void check_linear(int n, int in, int out) {
             for (int r = 0; r < n; r++) sum += (double)dy[r * out + o] * x[r * in + i];
             worst[2] = fmax(worst[2], fabs(dw[o * in + i] - sum));
         }
-    for (int k = 0; k < 3; k++) test_check(worst[k] < 1e-4, __FILE__, __LINE__, "%d x %d x %d, product %d: off by %g", n, in, out, k, worst[k]);
+    for (int k = 0; k < 3; k++)
+        test_check(worst[k] < 1e-4, __FILE__, __LINE__, "%d x %d x %d, product %d: off by %g", n,
+                   in, out, k, worst[k]);
     free(x), free(w), free(dy), free(y), free(dx), free(dw), free(before);
 }
 
@@ -157,7 +165,8 @@ TEST(linear_layer) {
 
 // Runs all three products of one layer and returns their bits.
 static float *linear_bits(int n, int in, int out, size_t *size) {
-    float *x = numbers((int64_t)n * in, 1), *w = numbers((int64_t)out * in, 2), *dy = numbers((int64_t)n * out, 3);
+    float *x = numbers((int64_t)n * in, 1), *w = numbers((int64_t)out * in, 2),
+          *dy = numbers((int64_t)n * out, 3);
     int64_t ny = (int64_t)n * out, nx = (int64_t)n * in, nw = (int64_t)out * in;
     float *all = numbers(ny + nx + nw, 4);
     matmul_forward(all, x, w, n, in, out);
@@ -178,7 +187,8 @@ TEST(bits_do_not_depend_on_threads) {
         for (int t = 2; t <= 4; t++) {
             omp_set_num_threads(t);
             float *more = linear_bits(shapes[s][0], shapes[s][1], shapes[s][2], &size);
-            test_check(!memcmp(one, more, size), __FILE__, __LINE__, "shape %d with %d threads: other bits", s, t);
+            test_check(!memcmp(one, more, size), __FILE__, __LINE__,
+                       "shape %d with %d threads: other bits", s, t);
             free(more);
         }
         free(one);
@@ -188,7 +198,8 @@ TEST(bits_do_not_depend_on_threads) {
 
 TEST(bits_of_a_row_do_not_depend_on_the_other_rows) {
     enum { N = 200, IN = 300, OUT = 500 };
-    float *x = numbers(N * IN, 1), *w = numbers(OUT * IN, 2), *y = numbers(N * OUT, 3), *row = numbers(OUT, 4);
+    float *x = numbers(N * IN, 1), *w = numbers(OUT * IN, 2), *y = numbers(N * OUT, 3),
+          *row = numbers(OUT, 4);
     matmul_forward(y, x, w, N, IN, OUT);
     for (int i = 0; i < N; i += 19) {
         matmul_forward(row, x + i * IN, w, 1, IN, OUT);

@@ -28,7 +28,8 @@ static Config small(int L) {
 // Shape.
 
 TEST(depth_sets_every_size) {
-    const int expected[][3] = {{1, 128, 1}, {2, 128, 1}, {3, 256, 2}, {4, 256, 2}, {11, 768, 6}, {12, 768, 6}, {13, 896, 7}, {32, 2048, 16}};
+    const int expected[][3] = {{1, 128, 1},  {2, 128, 1},  {3, 256, 2},  {4, 256, 2},
+                               {11, 768, 6}, {12, 768, 6}, {13, 896, 7}, {32, 2048, 16}};
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
         Config c = config_of_depth(expected[i][0]);
         CHECK_INT(c.L, expected[i][0]);
@@ -78,7 +79,8 @@ TEST(vocabulary_and_bos_come_from_flag_tokenizer_or_default) {
     f.bos = -1, f.vocab = 60000;
     CHECK_INT(config_from_flags(&f, -1, -1).bos, 50256);
     f.vocab = 256;
-    DIES(EXIT_USAGE, "--vocab: found 256, expected at least 257, the tokenizer's") config_from_flags(&f, 257, 256);
+    DIES(EXIT_USAGE, "--vocab: found 256, expected at least 257, the tokenizer's")
+    config_from_flags(&f, 257, 256);
 }
 
 // The windows of a model as text: "128 128 128 512".
@@ -88,7 +90,8 @@ static const char *windows(int depth, int T, const char *pattern, int window_sho
     f.seq_len = T, f.window_pattern = pattern, f.window_short = window_short;
     Config c = config_from_flags(&f, -1, -1);
     int n = 0;
-    for (int i = 0; i < c.L; i++) n += snprintf(text + n, sizeof text - (size_t)n, i ? " %d" : "%d", c.window[i]);
+    for (int i = 0; i < c.L; i++)
+        n += snprintf(text + n, sizeof text - (size_t)n, i ? " %d" : "%d", c.window[i]);
     return text;
 }
 
@@ -106,7 +109,7 @@ TEST(short_window_is_a_quarter_rounded_up) {
     CHECK_STR(windows(2, 513, "S", 0), "256 513");
     CHECK_STR(windows(2, 512, "S", 0), "128 512");
     CHECK_STR(windows(2, 384, "S", 0), "128 384");
-    CHECK_STR(windows(2, 64, "S", 0), "64 64");   // never longer than the row
+    CHECK_STR(windows(2, 64, "S", 0), "64 64");  // never longer than the row
     CHECK_STR(windows(2, 64, "S", 65), "64 64");
     CHECK_STR(windows(2, 64, "S", 63), "63 64");
 }
@@ -135,7 +138,8 @@ TEST(matrix_parameters_by_hand) {
 
 TEST(flops_per_token_by_hand) {
     Flags f = flags_of_depth(2);
-    f.channels = 64, f.heads = 1, f.vocab = 257, f.seq_len = 384, f.window_pattern = "S", f.window_short = 128;
+    f.channels = 64, f.heads = 1, f.vocab = 257, f.seq_len = 384, f.window_pattern = "S",
+    f.window_short = 128;
     Config c = config_from_flags(&f, -1, -1);
     double matrices = 6 * (2 * 12 * 4096.0 + 257 * 64);
     CHECK_NEAR(config_flops_per_token(&c, false), matrices + 12 * 64 * (128 + 384.0), 1e-6);
@@ -146,11 +150,16 @@ TEST(flops_per_token_by_hand) {
 }
 
 TEST(bad_shapes_exit_2) {
-    struct { int channels, heads, vocab, bos; const char *pattern, *message; } cases[] = {
+    struct {
+        int channels, heads, vocab, bos;
+        const char *pattern, *message;
+    } cases[] = {
         {100, 0, 0, -1, "L", "--channels: found 100, expected a multiple of 8 from 24 on"},
         {16, 0, 0, -1, "L", "--channels: found 16, expected a multiple of 8 from 24 on"},
-        {64, 3, 0, -1, "L", "--channels 64 and --heads 3: found C/H = 21.3333, expected an even whole number"},
-        {24, 8, 0, -1, "L", "--channels 24 and --heads 8: found C/H = 3, expected an even whole number"},
+        {64, 3, 0, -1, "L",
+         "--channels 64 and --heads 3: found C/H = 21.3333, expected an even whole number"},
+        {24, 8, 0, -1, "L",
+         "--channels 24 and --heads 8: found C/H = 3, expected an even whole number"},
         {64, 128, 0, -1, "L", "expected an even whole number"},
         {64, 1, 1, -1, "L", "--vocab 1: expected at least 2"},
         {64, 1, 257, 257, "L", "--vocab 257: expected at least 2, and more than --bos 257"},
@@ -160,7 +169,8 @@ TEST(bad_shapes_exit_2) {
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Flags f = flags_of_depth(2);
-        f.channels = cases[i].channels, f.heads = cases[i].heads, f.vocab = cases[i].vocab, f.bos = cases[i].bos;
+        f.channels = cases[i].channels, f.heads = cases[i].heads, f.vocab = cases[i].vocab,
+        f.bos = cases[i].bos;
         f.window_pattern = cases[i].pattern;
         DIES(EXIT_USAGE, cases[i].message) config_from_flags(&f, -1, -1);
     }
@@ -179,32 +189,49 @@ static const char *listing(int L) {
     for (int i = 0; i < t.count; i++) {
         const Tensor *x = &t.tensor[i];
         n += snprintf(text + n, sizeof text - (size_t)n, i ? " %s" : "%s", x->name);
-        if (x->ndim == 2) n += snprintf(text + n, sizeof text - (size_t)n, " %d,%d", x->rows, x->cols);
-        else n += snprintf(text + n, sizeof text - (size_t)n, " %d", x->cols);
+        if (x->ndim == 2)
+            n += snprintf(text + n, sizeof text - (size_t)n, " %d,%d", x->rows, x->cols);
+        else
+            n += snprintf(text + n, sizeof text - (size_t)n, " %d", x->cols);
     }
     table_free(&t);
     return text;
 }
 
-#define LAYER(i)                                                                                                \
-    " layers." i ".wq 64,64 layers." i ".wk 64,64 layers." i ".wv 64,64 layers." i ".wo 64,64 layers." i       \
-    ".wfc 256,64 layers." i ".wproj 64,256"
+#define LAYER(i)                                                                                   \
+    " layers." i ".wq 64,64 layers." i ".wk 64,64 layers." i ".wv 64,64 layers." i                 \
+    ".wo 64,64 layers." i ".wfc 256,64 layers." i ".wproj 64,256"
 #define EMBED(i) " layers." i ".ve_gate 2,12 layers." i ".value_embed 384,64"
 
 TEST(names_order_and_shapes) {  // files and random numbers depend on all three
-    CHECK_STR(listing(1), "wte 384,64 smear_gate 24 smear_lambda 1" LAYER("0") EMBED("0")
-                          " resid_lambda 1 x0_lambda 1 backout_lambda 1 lm_head 384,64");
-    CHECK_STR(listing(3), "wte 384,64 smear_gate 24 smear_lambda 1" LAYER("0") EMBED("0") LAYER("1") LAYER("2") EMBED("2")
-                          " resid_lambda 3 x0_lambda 3 backout_lambda 1 lm_head 384,64");
+    CHECK_STR(listing(1), "wte 384,64 smear_gate 24 smear_lambda 1" LAYER("0") EMBED(
+                              "0") " resid_lambda 1 x0_lambda 1 backout_lambda 1 lm_head 384,64");
+    CHECK_STR(listing(3),
+              "wte 384,64 smear_gate 24 smear_lambda 1" LAYER("0") EMBED("0") LAYER("1") LAYER("2")
+                  EMBED("2") " resid_lambda 3 x0_lambda 3 backout_lambda 1 lm_head 384,64");
 }
 
 TEST(groups_and_optimizer_state) {
-    const struct { Role role; int layer; Group group; size_t state; } expected[] = {
-        {WTE, -1, GROUP_WTE, 384 * 64},          {SMEAR_GATE, -1, GROUP_SMEAR, 24},     {SMEAR_LAMBDA, -1, GROUP_SMEAR, 1},
-        {WQ, 2, GROUP_MATRIX, 64},               {WK, 2, GROUP_MATRIX, 64},             {WV, 2, GROUP_MATRIX, 64},
-        {WO, 2, GROUP_MATRIX, 64},               {WFC, 2, GROUP_MATRIX, 256},           {WPROJ, 2, GROUP_MATRIX, 256},
-        {VE_GATE, 2, GROUP_MATRIX, 12},          {VALUE_EMBED, 2, GROUP_VALUE_EMBED, 384 * 64},
-        {RESID_LAMBDA, -1, GROUP_RESID, 3},      {X0_LAMBDA, -1, GROUP_X0, 3},          {BACKOUT_LAMBDA, -1, GROUP_SMEAR, 1},
+    const struct {
+        Role role;
+        int layer;
+        Group group;
+        size_t state;
+    } expected[] = {
+        {WTE, -1, GROUP_WTE, 384 * 64},
+        {SMEAR_GATE, -1, GROUP_SMEAR, 24},
+        {SMEAR_LAMBDA, -1, GROUP_SMEAR, 1},
+        {WQ, 2, GROUP_MATRIX, 64},
+        {WK, 2, GROUP_MATRIX, 64},
+        {WV, 2, GROUP_MATRIX, 64},
+        {WO, 2, GROUP_MATRIX, 64},
+        {WFC, 2, GROUP_MATRIX, 256},
+        {WPROJ, 2, GROUP_MATRIX, 256},
+        {VE_GATE, 2, GROUP_MATRIX, 12},
+        {VALUE_EMBED, 2, GROUP_VALUE_EMBED, 384 * 64},
+        {RESID_LAMBDA, -1, GROUP_RESID, 3},
+        {X0_LAMBDA, -1, GROUP_X0, 3},
+        {BACKOUT_LAMBDA, -1, GROUP_SMEAR, 1},
         {LM_HEAD, -1, GROUP_LM_HEAD, 384 * 64},
     };
     Config c = small(3);
@@ -329,7 +356,8 @@ static void check_uniform(const Filled *m, Role role, int layer, double low, dou
     int n = x->live_rows * x->cols;
     for (int e = 0; e < n; e++) least = fmin(least, p[e]), most = fmax(most, p[e]), sum += p[e];
     const char *name = x->name;
-    test_check(least >= (float)low && most <= (float)high, __FILE__, __LINE__, "%s: %g .. %g, expected %g .. %g", name, least, most, low, high);
+    test_check(least >= (float)low && most <= (float)high, __FILE__, __LINE__,
+               "%s: %g .. %g, expected %g .. %g", name, least, most, low, high);
     CHECK_NEAR(sum / n, (low + high) / 2, 5 * (high - low) / sqrt(12.0 * n));
     if (n < 1000) return;
     CHECK_NEAR(least, low, 0.05 * (high - low));
@@ -350,7 +378,9 @@ static void check_constant(const Filled *m, Role role, int layer, float value) {
     const Tensor *x;
     const float *p = values(m, role, layer, &x);
     for (int e = 0; e < x->rows * x->cols; e++)
-        if (p[e] != value) return test_check(false, __FILE__, __LINE__, "%s: found %g, expected %g", x->name, p[e], value);
+        if (p[e] != value)
+            return test_check(false, __FILE__, __LINE__, "%s: found %g, expected %g", x->name, p[e],
+                              value);
 }
 
 TEST(default_init) {
@@ -394,7 +424,8 @@ TEST(test_init_is_nowhere_silent) {
         const Tensor *x = &m.table.tensor[i];
         int zeros = 0, live = x->live_rows * x->cols;
         for (int e = 0; e < live; e++) zeros += m.params[x->offset + (size_t)e] == 0;
-        test_check(zeros <= live / 1000, __FILE__, __LINE__, "%s: %d zeros in %d", x->name, zeros, live);
+        test_check(zeros <= live / 1000, __FILE__, __LINE__, "%s: %d zeros in %d", x->name, zeros,
+                   live);
     }
     filled_free(&m);
 }
@@ -423,7 +454,8 @@ TEST(backout_is_frozen_at_0_below_three_layers) {
             Filled m = fill(L, 1, test);
             if (L < 3) check_constant(&m, BACKOUT_LAMBDA, -1, 0);
             for (int i = 0; i < m.table.count; i++)
-                CHECK_INT(m.table.tensor[i].frozen, L < 3 && m.table.tensor[i].role == BACKOUT_LAMBDA);
+                CHECK_INT(m.table.tensor[i].frozen,
+                          L < 3 && m.table.tensor[i].role == BACKOUT_LAMBDA);
             filled_free(&m);
         }
     }
@@ -441,7 +473,10 @@ TEST(padding_is_zero) {
             size_t begin = x->offset + (size_t)x->live_rows * (size_t)x->cols;
             size_t end = i + 1 < m.table.count ? m.table.tensor[i + 1].offset : m.table.numel;
             for (size_t e = begin; e < end; e++)
-                if (m.params[e] != 0) { CHECK(!"padding is zero"); break; }
+                if (m.params[e] != 0) {
+                    CHECK(!"padding is zero");
+                    break;
+                }
         }
         CHECK_INT(padded, 3);
         filled_free(&m);
@@ -468,7 +503,8 @@ TEST(values_are_a_function_of_seed_tensor_and_element) {
         int last = x->live_rows * x->cols - 1;
         for (int e = 0; e <= last; e += last / 7 + 1) {
             bool normal = x->test_init.kind == INIT_NORMAL;
-            double z = normal ? a * rand_normal(key, (uint64_t)e) : a + (b - a) * rand_uniform(key, (uint64_t)e);
+            double z = normal ? a * rand_normal(key, (uint64_t)e)
+                              : a + (b - a) * rand_uniform(key, (uint64_t)e);
             CHECK(m.params[x->offset + (size_t)e] == (float)z);
         }
     }

@@ -7,7 +7,8 @@ enum { V = 7 };
 static const float logits[V] = {0.5f, -1, 2, 1.5f, 2, -3, 0};
 
 TEST(temperature_0_takes_the_largest) {
-    for (double u = 0; u < 1; u += 0.09) CHECK_INT(sampler_pick(logits, V, 0, 0, u), 2);  // the first of equals
+    for (double u = 0; u < 1; u += 0.09)
+        CHECK_INT(sampler_pick(logits, V, 0, 0, u), 2);  // the first of equals
     const float last[3] = {-5, -4, -3};
     CHECK_INT(sampler_pick(last, 3, 0, 0, 0), 2);
     CHECK_INT(sampler_pick(last, 1, 0, 0, 0.5), 0);
@@ -30,7 +31,8 @@ static void check_frequencies(double temperature, int top_k, const int kept[V]) 
     RandKey key = {9, (uint32_t)(1000 * temperature) + (uint32_t)top_k, RAND_SAMPLE};
     int seen[V] = {0};
     double sum = 0;
-    for (int i = 0; i < N; i++) seen[sampler_pick(logits, V, temperature, top_k, rand_uniform(key, (uint64_t)i))]++;
+    for (int i = 0; i < N; i++)
+        seen[sampler_pick(logits, V, temperature, top_k, rand_uniform(key, (uint64_t)i))]++;
     for (int v = 0; v < V; v++) sum += kept[v] * exp(logits[v] / temperature);
     for (int v = 0; v < V; v++) {
         double p = kept[v] * exp(logits[v] / temperature) / sum;

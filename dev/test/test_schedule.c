@@ -1,5 +1,5 @@
-// test_schedule.c: llmc/schedule.h on hand-worked values, and on the table in fixtures/schedule.txt,
-// which the PyTorch oracle writes from its own reading of the formulas.
+// test_schedule.c: llmc/schedule.h on hand-worked values, and on the table in
+// fixtures/schedule.txt, which the PyTorch oracle writes from its own reading of the formulas.
 #include "dev/test/test.h"
 #include "llmc/io.h"
 #include "llmc/schedule.h"
@@ -169,8 +169,9 @@ TEST(group_numbers_at_the_reference_shape) {  // C = 768, batch 2^19: every fact
     Flags f = defaults();
     const double expected[GROUP_COUNT][5] = {
         // lr, beta1, beta2, eps, wd
-        {0.008, 0.8, 0.96, 1e-10, 0.01}, {0.3, 0.8, 0.995, 1e-10, 0.001}, {0.15, 0.8, 0.995, 1e-10, 0.01},
-        {0.005, 0.8, 0.95, 1e-8, 0.05},  {0.5, 0.96, 0.95, 1e-8, 0},      {0.2, 0.8, 0.95, 1e-8, 0},
+        {0.008, 0.8, 0.96, 1e-10, 0.01}, {0.3, 0.8, 0.995, 1e-10, 0.001},
+        {0.15, 0.8, 0.995, 1e-10, 0.01}, {0.005, 0.8, 0.95, 1e-8, 0.05},
+        {0.5, 0.96, 0.95, 1e-8, 0},      {0.2, 0.8, 0.95, 1e-8, 0},
         {0.02, 0, 0.9, 1e-10, 0.28},
     };
     for (int g = 0; g < GROUP_COUNT; g++) {
@@ -197,7 +198,8 @@ TEST(group_lr_scales_with_width_and_batch) {
 
 TEST(group_numbers_follow_their_flags) {
     Flags f = defaults();
-    f.lr_lm_head = 1, f.lr_wte = 2, f.lr_value_embed = 3, f.lr_resid = 4, f.lr_x0 = 5, f.lr_smear = 6, f.lr_matrix = 7, f.wd_matrix = 8;
+    f.lr_lm_head = 1, f.lr_wte = 2, f.lr_value_embed = 3, f.lr_resid = 4, f.lr_x0 = 5,
+    f.lr_smear = 6, f.lr_matrix = 7, f.wd_matrix = 8;
     for (int g = 0; g < GROUP_COUNT; g++) CHECK_NEAR(group(&f, (Group)g).lr, g + 1, 1e-14);
     CHECK_NEAR(group(&f, GROUP_MATRIX).wd, 8, 1e-14);
 }
@@ -232,9 +234,15 @@ static GroupNumbers group_of(const double *a, Group g) {
     return group(&f, g);
 }
 
-static double oracle_lr(const double *a) { return schedule_at((int64_t)a[0], (int64_t)a[1], (int)a[2]).lr; }
-static double oracle_momentum(const double *a) { return schedule_at((int64_t)a[0], (int64_t)a[1], 40).momentum; }
-static double oracle_decay(const double *a) { return schedule_at((int64_t)a[0], (int64_t)a[1], 40).wd; }
+static double oracle_lr(const double *a) {
+    return schedule_at((int64_t)a[0], (int64_t)a[1], (int)a[2]).lr;
+}
+static double oracle_momentum(const double *a) {
+    return schedule_at((int64_t)a[0], (int64_t)a[1], 40).momentum;
+}
+static double oracle_decay(const double *a) {
+    return schedule_at((int64_t)a[0], (int64_t)a[1], 40).wd;
+}
 static double oracle_channels(const double *a) { return config_of(a).C; }
 static double oracle_horizon(const double *a) { return plan_of(a).horizon; }
 static double oracle_batch(const double *a) { return (double)plan_of(a).batch; }
@@ -254,7 +262,8 @@ static double oracle_flops(const double *a) {
     return config_flops_per_token(&c, false);
 }
 
-static double oracle_window(const double *a) {  // layer 0 of SSSL is short; never longer than the row
+static double
+oracle_window(const double *a) {  // layer 0 of SSSL is short; never longer than the row
     Flags f = defaults();
     f.seq_len = (int)a[0];
     return config_from_flags(&f, -1, -1).window[0];
@@ -274,14 +283,22 @@ static double oracle_steps_of_tokens(const double *a) {
 }
 
 static const Oracle oracles[] = {
-    {"lr_multiplier", 3, oracle_lr},         {"muon_momentum", 2, oracle_momentum},
-    {"muon_decay", 2, oracle_decay},         {"channels", 2, oracle_channels},
-    {"matrix_parameters", 2, oracle_params}, {"horizon", 2, oracle_horizon},
-    {"batch", 2, oracle_batch},              {"steps", 2, oracle_steps},
-    {"flops_per_token", 2, oracle_flops},    {"lr_lm_head", 2, oracle_lr_head},
-    {"lr_matrix", 2, oracle_lr_matrix},      {"lr_smear", 2, oracle_lr_smear},
-    {"muon_wd", 2, oracle_wd},               {"window_short", 1, oracle_window},
-    {"steps_of_ratio", 4, oracle_steps_of_ratio}, {"steps_of_tokens", 2, oracle_steps_of_tokens},
+    {"lr_multiplier", 3, oracle_lr},
+    {"muon_momentum", 2, oracle_momentum},
+    {"muon_decay", 2, oracle_decay},
+    {"channels", 2, oracle_channels},
+    {"matrix_parameters", 2, oracle_params},
+    {"horizon", 2, oracle_horizon},
+    {"batch", 2, oracle_batch},
+    {"steps", 2, oracle_steps},
+    {"flops_per_token", 2, oracle_flops},
+    {"lr_lm_head", 2, oracle_lr_head},
+    {"lr_matrix", 2, oracle_lr_matrix},
+    {"lr_smear", 2, oracle_lr_smear},
+    {"muon_wd", 2, oracle_wd},
+    {"window_short", 1, oracle_window},
+    {"steps_of_ratio", 4, oracle_steps_of_ratio},
+    {"steps_of_tokens", 2, oracle_steps_of_tokens},
 };
 enum { ORACLES = sizeof oracles / sizeof *oracles };
 
@@ -290,7 +307,8 @@ TEST(equals_the_oracles_table) {
     size_t size;
     int seen[ORACLES] = {0}, lines = 0;
     CHECK(!io_read_file("dev/test/fixtures/schedule.txt", &text, &size));
-    for (line = text ? strtok_r(text, "\n", &rest) : NULL; line; line = strtok_r(NULL, "\n", &rest)) {
+    for (line = text ? strtok_r(text, "\n", &rest) : NULL; line;
+         line = strtok_r(NULL, "\n", &rest)) {
         if (line[0] == '#') continue;
         char name[64];
         int at = 0, k = 0;
@@ -303,10 +321,12 @@ TEST(equals_the_oracles_table) {
         for (int i = 0; i <= oracles[k].arguments; i++) a[i] = strtod(p, &p);
         double found = oracles[k].value(a), expected = a[oracles[k].arguments];
         if (!strcmp(name, "window_short")) expected = fmin(expected, a[0]);
-        test_check(fabs(found - expected) <= 1e-14 * fabs(expected), __FILE__, __LINE__, "%s: found %.17g", line, found);
+        test_check(fabs(found - expected) <= 1e-14 * fabs(expected), __FILE__, __LINE__,
+                   "%s: found %.17g", line, found);
         seen[k]++, lines++;
     }
-    for (int k = 0; k < ORACLES; k++) test_check(seen[k] > 0, __FILE__, __LINE__, "no line for %s", oracles[k].name);
+    for (int k = 0; k < ORACLES; k++)
+        test_check(seen[k] > 0, __FILE__, __LINE__, "no line for %s", oracles[k].name);
     CHECK(lines > 600);
     free(text);
 }
