@@ -47,6 +47,9 @@ TEST(exit_codes_keep_their_numbers) {  // scripts outside depend on them
 }
 
 TEST(memory_is_zero_and_never_null) {
+    void *dirty = malloc(4000);
+    memset(dirty, 0xff, 4000);
+    free(dirty);
     int *p = (int *)die_alloc(1000, sizeof *p, "numbers");
     for (int i = 0; i < 1000; i++) CHECK_INT(p[i], 0);
     free(p);
@@ -60,7 +63,7 @@ const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
 
 TEST(memory_that_cannot_be_had_ends_the_program) {  // the product does not fit a size_t
-    volatile size_t count = SIZE_MAX / 2;
+    volatile size_t count = SIZE_MAX / 8 + 2;
     DIES(EXIT_INTERNAL, "error: out of memory for the moon: ")
     free(die_alloc(count, 8, "the moon"));
 }
