@@ -25,14 +25,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "llmc/checkpoint.h"  // ckpt_save, ckpt_find, ckpt_load, ckpt_prune
 #include "llmc/dataloader.h"  // loader_init, loader_next, loader_val_next, loader_state
 #include "llmc/describe.h"    // describe_model, describe_table, describe_plan
 #include "llmc/die.h"         // die, die_alloc, warn
 #include "llmc/flags.h"       // Flags, flags_parse
-#include "llmc/logger.h"      // log_open, log_row, log_progress
+#include "llmc/logger.h"      // log_open, log_row, log_write_run
 #include "llmc/matmul.h"      // matmul_forward, matmul_dgrad, matmul_wgrad
 #include "llmc/model.h"       // Config, Table, table_init, table_fill
 #include "llmc/sampler.h"     // sampler_pick
@@ -985,12 +984,6 @@ typedef struct {
     char *flags_text;       // the flags that were given, on one line
 } Run;
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 // Everything that flags decide, before memory is taken or data opened.
 static void run_configure(Run *r, int argc, char **argv) {
     memset(r, 0, sizeof *r);
@@ -1109,8 +1102,7 @@ static void run_prepare_out(const Run *r) {
     if (ckpt_list(r->flags.out, &saves) > 0 && saves[0].step > r->step)
         die(EXIT_USAGE,
             "--out: found the save %s, expected none behind step %lld, where this run begins; go "
-            "on with "
-            "--resume auto, or choose another folder",
+            "on with --resume auto, or choose another folder",
             saves[0].path, (long long)r->step);
     free(saves);
 }
@@ -1187,8 +1179,7 @@ static void run_require_finite(const Run *r, double loss, double norm) {
     LoaderOrigin from = loader_origin(&r->loader, 0);
     die(EXIT_NONFINITE,
         "step %lld: found loss %g and gradient norm %g, first in %s; the last micro-batch began in "
-        "%s at token "
-        "%lld; the weights are as before the step",
+        "%s at token %lld; the weights are as before the step",
         (long long)r->step, loss, norm, where, from.path, (long long)from.token);
 }
 
@@ -1210,13 +1201,13 @@ static double run_accumulate(Run *r, int *all_inputs, int *all_targets, float *l
 
 // One update. Fills in the row's loss, norm and time.
 static void run_step(Run *r, LogRow *row) {
-    double start = seconds();
+    double start = log_seconds();
     row->loss = run_accumulate(r, NULL, NULL, NULL);
     row->grad_norm = model_grad_norm(&r->model);
     run_require_finite(r, row->loss, row->grad_norm);
     model_update(&r->model, &r->flags, &r->plan, r->step, row->grad_norm);
     r->step++, r->tokens += r->plan.batch;
-    row->ms = 1e3 * (seconds() - start);
+    row->ms = 1e3 * (log_seconds() - start);
     row->tok_per_s = 1e3 * (double)r->plan.batch / row->ms;
 }
 
@@ -1327,20 +1318,15 @@ static void run_open(Run *r) {
             "--train: found nothing, expected token shards (build/tokenize makes them from text)");
     if (*f->resume && !*f->out && !strcmp(f->resume, "auto"))
         die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
-    RowsConfig rows = {f->train,
-                       r->cfg.T,
-                       r->cfg.V,
-                       r->cfg.bos,
-                       !strcmp(f->packing, "bestfit"),
-                       !strcmp(f->tails, "keep"),
-                       (uint64_t)f->seed};
+    RowsConfig rows = {f->train, r->cfg.T, r->cfg.V, r->cfg.bos, true, true, (uint64_t)f->seed};
+    rows.bestfit = !strcmp(f->packing, "bestfit"), rows.keep_tails = !strcmp(f->tails, "keep");
     loader_init(&r->loader, &rows, 0, 1);
     if (*f->val)
         loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
                         f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
     model_init(&r->model, &r->cfg, r->plan.micro_rows, (uint32_t)f->seed, !strcmp(f->init, "test"));
     size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
-    r->inputs = die_alloc(tokens, sizeof(int), "tokens"),
+    r->inputs = die_alloc(tokens, sizeof(int), "tokens");
     r->targets = die_alloc(tokens, sizeof(int), "tokens");
     run_resume(r);
 }
