@@ -31,7 +31,7 @@
 #include "llmc/die.h"  // die, EXIT_INTERNAL
 
 #if defined __AVX512F__ && !defined __clang__  // clang cuts vectors of 16 in two, and spills
-enum { MATMUL_LANES = 16, MATMUL_MR = 12 };  // 24 of 32 registers hold sums
+enum { MATMUL_LANES = 16, MATMUL_MR = 12 };    // 24 of 32 registers hold sums
 #elif defined __AVX__
 enum { MATMUL_LANES = 8, MATMUL_MR = 6 };  // 12 of 16
 #else
@@ -128,18 +128,19 @@ static inline int64_t matmul_piece(int64_t n, int64_t pieces, int64_t unit) {
 }
 
 // Rows and columns of a block of c (M, N). Large blocks pack less: a number of a serves one product
-// in each column of the block, a number of b one in each row. But there are about six blocks for
-// each thread, so that none waits long for the last.
+// in each column of the block, a number of b one in each row. But there should be about six blocks
+// for each thread, so that none waits long for the last; or, where those would be too small, as many
+// for each.
 static inline void matmul_block_size(int64_t *rows, int64_t *cols, int64_t M, int64_t N) {
-    int64_t down = (M - 1) / MATMUL_MC + 1, across = (N - 1) / MATMUL_NC + 1, wanted = 1;
+    int64_t down = (M - 1) / MATMUL_MC + 1, across = (N - 1) / MATMUL_NC + 1, threads = 1;
 #ifdef _OPENMP
-    if (omp_get_max_threads() > 1) wanted = 6 * omp_get_max_threads();
+    threads = omp_get_max_threads();
 #endif
-    while (down * across < wanted && (M / down > 96 || N / across > 96))
-        if (M / down > N / across)
-            down++;
-        else
-            across++;
+    while (threads > 1 && down * across < 6 * threads) {
+        int64_t longer = M / down > N / across ? M / down : N / across;
+        if (longer <= (down * across % threads ? 48 : 192)) break;
+        *(M / down == longer ? &down : &across) += 1;
+    }
     *rows = matmul_piece(M, down, MATMUL_MR);
     *cols = matmul_piece(N, across, MATMUL_NR);
 }
