@@ -18,7 +18,7 @@
 //     2. for each strip of b and each strip of a computes a tile: MR x NR sums, in registers
 //
 // Threads share nothing but the input. The sum behind each element of c runs through k upward in
-// steps of KC, whatever the blocks: the bits depend neither on the number of threads nor on M and N.
+// steps of KC, whatever the blocks: the bits depend neither on the number of threads nor on M, N.
 #ifndef LLMC_MATMUL_H
 #define LLMC_MATMUL_H
 
@@ -129,8 +129,8 @@ static inline int64_t matmul_piece(int64_t n, int64_t pieces, int64_t unit) {
 
 // Rows and columns of a block of c (M, N). Large blocks pack less: a number of a serves one product
 // in each column of the block, a number of b one in each row. But there should be about six blocks
-// for each thread, so that none waits long for the last; or, where those would be too small, as many
-// for each.
+// for each thread, so that none waits long for the last; or, where those would be too small, as
+// many for each.
 static inline void matmul_block_size(int64_t *rows, int64_t *cols, int64_t M, int64_t N) {
     int64_t down = (M - 1) / MATMUL_MC + 1, across = (N - 1) / MATMUL_NC + 1, threads = 1;
 #ifdef _OPENMP
