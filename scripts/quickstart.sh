@@ -4,6 +4,7 @@
 # is downloaded. Files of the run: build/quickstart/. Expected: about 2.1 nats against 2.7.
 set -eu
 build=${1:-build}
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # idle threads sleep: others may use this machine
 out=$build/quickstart
 rm -rf "$out"
 mkdir -p "$out"
