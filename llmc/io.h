@@ -153,8 +153,10 @@ static inline int io_read_at(IoFile *f, void *data, size_t count, uint64_t offse
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) return io_fail("read", f->path);
         if (got == 0) {
-            snprintf(io_error, sizeof io_error, "%s ends at byte %llu, expected %llu more", f->path,
-                     (unsigned long long)(offset + done), (unsigned long long)(count - done));
+            int64_t size = io_size(f);  // may lie before `offset`
+            if (size < 0) return -1;
+            snprintf(io_error, sizeof io_error, "%s ends at byte %lld, expected %lld more", f->path,
+                     (long long)size, (long long)(offset + count) - (long long)size);
             return -1;
         }
         done += (size_t)got;

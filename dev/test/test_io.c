@@ -91,7 +91,7 @@ TEST(short_read_names_both_numbers) {
     CHECK_INT(io_read_at(&f, data, 8, 5), -1);
     CHECK_SAYS("/a ends at byte 10, expected 3 more");
     CHECK_INT(io_read_at(&f, data, 1, 12), -1);
-    CHECK_SAYS("/a ends at byte 12, expected 1 more");
+    CHECK_SAYS("/a ends at byte 10, expected 3 more");
     io_close(&f);
     end();
 }
