@@ -470,7 +470,8 @@ static void softcap_forward(float *z, int count) {
     }
 }
 
-// For each row: z = softcap(a), loss = log sum_v exp(z_v) - z_target. |z| <= 15: exp needs no shift.
+// For each row: z = softcap(a), loss = log sum_v exp(z_v) - z_target. |z| <= 15: exp needs no
+// shift.
 static void classifier_forward(float *logits,       // (rows, V), a in, z out
                                double *losses,      // (rows)
                                const int *targets,  // (rows)
@@ -994,8 +995,10 @@ static void run_configure(Run *r, int argc, char **argv) {
     flags_choice("init", f->init, "default test");
     r->flags_text = args_line(r->table, FLAGS_COUNT);
     r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
-    if (r->has_tokenizer) tokenizer_init(&r->tokenizer, f->tokenizer);
-    else if (*f->prompt) die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
+    if (r->has_tokenizer)
+        tokenizer_init(&r->tokenizer, f->tokenizer);
+    else if (*f->prompt)
+        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
     r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
                                r->has_tokenizer ? r->tokenizer.bos : -1);
     r->plan = plan_from_flags(f, &r->cfg, 1);

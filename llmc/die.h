@@ -35,8 +35,8 @@ static inline void die_print(const char *kind, const char *format, va_list args)
 }
 
 // Prints one line to stderr and leaves with `code`, one of the EXIT_ values above.
-__attribute__((noreturn, format(printf, 2, 3)))
-static inline void die(int code, const char *format, ...) {
+__attribute__((noreturn, format(printf, 2, 3))) static inline void die(int code, const char *format,
+                                                                       ...) {
     va_list args;
     va_start(args, format);
     die_print("error", format, args);
@@ -45,8 +45,7 @@ static inline void die(int code, const char *format, ...) {
 }
 
 // Prints one line to stderr and goes on.
-__attribute__((format(printf, 1, 2)))
-static inline void warn(const char *format, ...) {
+__attribute__((format(printf, 1, 2))) static inline void warn(const char *format, ...) {
     va_list args;
     va_start(args, format);
     die_print("warning", format, args);

@@ -40,7 +40,11 @@ static __thread char io_error[IO_PATH_MAX + 256];  // the reason of the last -1
 
 #ifdef IO_FAULTS
 typedef enum {
-    IO_FAULT_NONE, IO_FAULT_ENOSPC, IO_FAULT_EIO, IO_FAULT_SHORT, IO_FAULT_EXIT
+    IO_FAULT_NONE,
+    IO_FAULT_ENOSPC,
+    IO_FAULT_EIO,
+    IO_FAULT_SHORT,
+    IO_FAULT_EXIT
 } IoFaultKind;
 static const char *const io_fault_name[] = {"none", "enospc", "eio", "short", "exit"};
 

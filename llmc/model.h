@@ -4,10 +4,11 @@
 // V vocabulary, Vp = V rounded up to a multiple of 128, F = 4C. Matrices are stored (out, in), row
 // by row. --depth L sets every size; each has a flag of its own that overrides it.
 //
-// The table lists each tensor's name, shape, both initial distributions and optimizer group. Memory,
-// initialisation, optimizer, checkpoint, dump and the printed summary walk it; nothing knows a
-// tensor by its number. Its order is the order in memory: embedding, then block by block, then head.
-// wq, wk, wv of a layer lie one behind the other, so that one (3C, C) matmul serves all three.
+// The table lists each tensor's name, shape, both initial distributions and optimizer group.
+// Memory, initialisation, optimizer, checkpoint, dump and the printed summary walk it; nothing
+// knows a tensor by its number. Its order is the order in memory: embedding, then block by block,
+// then head. wq, wk, wv of a layer lie one behind the other, so that one (3C, C) matmul serves all
+// three.
 #ifndef LLMC_MODEL_H
 #define LLMC_MODEL_H
 
@@ -40,7 +41,8 @@ static inline bool config_has_value_embed(const Config *c, int layer) {
     return layer % 2 == (c->L - 1) % 2;
 }
 
-// Below three layers there is nothing to take back: backout_lambda is 0, without gradient, and stays.
+// Below three layers there is nothing to take back: backout_lambda is 0, without gradient, and
+// stays.
 static inline bool config_has_backout(const Config *c) { return c->L >= 3; }
 
 // Matrix parameters P: what Muon trains, less the value gates, and the head. The horizon, the batch
@@ -49,8 +51,9 @@ static inline double config_matrix_params(const Config *c) {
     return (double)c->L * (4.0 * c->C * c->C + 2.0 * c->C * c->F) + (double)c->V * c->C;
 }
 
-// Training FLOPs per token as PaLM counts them (Chowdhery et al. 2022, appendix B): 6 for each matrix
-// parameter and 12 C W for the attention of each layer. causal: count only the keys a query sees.
+// Training FLOPs per token as PaLM counts them (Chowdhery et al. 2022, appendix B): 6 for each
+// matrix parameter and 12 C W for the attention of each layer. causal: count only the keys a query
+// sees.
 static inline double config_flops_per_token(const Config *c, bool causal) {
     double flops = 6 * config_matrix_params(c);
     for (int i = 0; i < c->L; i++) {

@@ -28,7 +28,8 @@ static inline float sampler_threshold(const float *logits, int V, int k) {
     return threshold;
 }
 
-// Returns a token id in 0 .. V-1. u: uniform in [0, 1). Logits equal to the k-th largest all stay in.
+// Returns a token id in 0 .. V-1. u: uniform in [0, 1). Logits equal to the k-th largest all stay
+// in.
 static inline int sampler_pick(const float *logits,  // (V)
                                int V, double temperature, int top_k, double u) {
     int best = 0;

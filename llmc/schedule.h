@@ -110,12 +110,18 @@ static inline Schedule schedule_at(int64_t it, int64_t n, int warmup) {
     Schedule s;
     double x = (double)it, end = (double)n, d = rint(0.65 * end);  // d: steps in which lr falls
     double left = (end - x) / d;
-    if (it < warmup) s.lr = (x + 1) / warmup;
-    else if (x <= end - d) s.lr = 1;
-    else s.lr = left + 0.05 * (1 - left);
-    if (it < 400) s.momentum = 0.85 + 0.12 * x / 400;
-    else if (x >= end - d) s.momentum = 0.97 - 0.07 * (x - (end - d)) / d;
-    else s.momentum = 0.97;
+    if (it < warmup)
+        s.lr = (x + 1) / warmup;
+    else if (x <= end - d)
+        s.lr = 1;
+    else
+        s.lr = left + 0.05 * (1 - left);
+    if (it < 400)
+        s.momentum = 0.85 + 0.12 * x / 400;
+    else if (x >= end - d)
+        s.momentum = 0.97 - 0.07 * (x - (end - d)) / d;
+    else
+        s.momentum = 0.97;
     s.wd = (1 + cos(3.141592653589793 * x / end)) / 2;
     return s;
 }

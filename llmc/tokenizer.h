@@ -23,9 +23,9 @@
 // vocabulary a space never stands behind white space.)
 //
 // The splitting pattern needs Unicode's letters and numbers: the library PCRE2, compiled in with
-// -DUSE_PCRE2. Without it everything but tokenizer_encode for GPT-2's tokens works. A letter that is
-// younger than the library's Unicode (14.0, of 2021, in PCRE2 10.40) counts as a sign: text with one
-// may get other ids than tiktoken's.
+// -DUSE_PCRE2. Without it everything but tokenizer_encode for GPT-2's tokens works. A letter that
+// is younger than the library's Unicode (14.0, of 2021, in PCRE2 10.40) counts as a sign: text with
+// one may get other ids than tiktoken's.
 #ifndef LLMC_TOKENIZER_H
 #define LLMC_TOKENIZER_H
 

@@ -92,8 +92,8 @@ static inline void cli_begin(void) {
 
 #define RUN_IN_DIR(name) (cli_begin(), RUN(name), test_remove_dir(dir))
 
-// A thousand small runs sync ten thousand times: in memory, where there is a place for it, that takes
-// none of the disk's time. One thread each, but where a test says otherwise.
+// A thousand small runs sync ten thousand times: in memory, where there is a place for it, that
+// takes none of the disk's time. One thread each, but where a test says otherwise.
 static inline void cli_prepare(void) {
     if (io_is_dir("/dev/shm") && access("/dev/shm", W_OK) == 0) setenv("TMPDIR", "/dev/shm", 0);
     setenv("OMP_NUM_THREADS", "1", 1);

@@ -7,9 +7,9 @@
 //     @ file: what is wrong
 //     - a piece of one line of that file, found exactly once in it
 //     + what stands there instead
-// The changed file goes to $BUILD/mutants/N/, in front of the real one on the include path. An error
-// that does not compile, or that the comparison does not see, fails. The last line of the output is
-// "N passed, N failed".
+// The changed file goes to $BUILD/mutants/N/, in front of the real one on the include path. An
+// error that does not compile, or that the comparison does not see, fails. The last line of the
+// output is "N passed, N failed".
 #include <omp.h>
 #include <stdarg.h>
 
@@ -50,7 +50,8 @@ static int read_list(const char *path, Mutation **out) {
     return count;
 }
 
-// Writes the file with the error into `dir`. Returns false when the place is not there exactly once.
+// Writes the file with the error into `dir`. Returns false when the place is not there exactly
+// once.
 static bool write_mutant(const Mutation *m, const char *dir) {
     char *text, path[IO_PATH_MAX];
     size_t size, from = strlen(m->from), to = strlen(m->to);
@@ -80,7 +81,8 @@ static const char *try_mutant(const char *dir, const char *flags, const char *li
              "%s/compile.log 2>&1",
              cc ? cc : "cc", dir, flags, dir, libraries, dir);
     if (system(command)) return "FAILED, does not compile";
-    snprintf(command, sizeof command, "TEST_STOP=1 OMP_NUM_THREADS=1 %s/test > %s/run.log 2>&1", dir, dir);
+    snprintf(command, sizeof command, "TEST_STOP=1 OMP_NUM_THREADS=1 %s/test > %s/run.log 2>&1",
+             dir, dir);
     if (!system(command)) return "FAILED, not noticed";
     snprintf(command, sizeof command, "grep -q '^FAILED' %s/run.log", dir);
     return system(command) ? "FAILED, ended without a verdict" : "ok";

@@ -1,5 +1,5 @@
-// test_cli.c: the trainer as its user meets it: flags, what it refuses and how it says so, the files
-// of a run, --dry-run, --dump, validation, samples.
+// test_cli.c: the trainer as its user meets it: flags, what it refuses and how it says so, the
+// files of a run, --dry-run, --dump, validation, samples.
 //
 // The trainer runs as a process of its own (dev/test/cli.h). test_resume.c has what concerns saves.
 #include "dev/test/cli.h"
@@ -392,8 +392,8 @@ static void check_dump_equals_save(DumpFile *d, const char *kind, const char *sa
     st_close(&f);
 }
 
-// Inputs and targets are the tokens of rows, the loss is that of the logits and of the log's row, the
-// norm that of the gradients.
+// Inputs and targets are the tokens of rows, the loss is that of the logits and of the log's row,
+// the norm that of the gradients.
 static void check_dump(DumpFile *d, const Log *csv, int step) {
     double nats = 0, squares = 0;
     CHECK_INT(d->file.count, 5 + 3 * d->table.count);

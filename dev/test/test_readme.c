@@ -1,4 +1,5 @@
-// test_readme.c: what README.md says is so: its list of flags is the program's, its files are there.
+// test_readme.c: what README.md says is so: its list of flags is the program's, its files are
+// there.
 #include "dev/test/test.h"
 #include "llmc/io.h"  // io_read_file, io_exists
 

@@ -338,8 +338,8 @@ TEST(a_run_that_diverges_ends_before_it_saves_what_is_not_finite) {
     check_saves_are_finite("out", 30);
 }
 
-// Made so that the loss is finite and a gradient is not: a smear so large that the stream is near the
-// largest float, and mixed down to nearly nothing, where N's backward multiplies by 2900.
+// Made so that the loss is finite and a gradient is not: a smear so large that the stream is near
+// the largest float, and mixed down to nearly nothing, where N's backward multiplies by 2900.
 TEST(a_gradient_that_is_not_finite_is_named) {
     Log csv;
     train_well("--out %s --steps 1 --lr-lm-head 100", in_dir("out"));

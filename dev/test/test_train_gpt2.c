@@ -2,8 +2,8 @@
 //
 // dev/oracle/ wrote the fixtures; PyTorch is not needed here. Each names the trainer's flags and
 // holds tokens of three steps, and of the first step logits, loss and every gradient, after the
-// third every parameter: whole where small, as sketches (llmc/sketch.h) where large. Every tensor is
-// compared, none skipped:
+// third every parameter: whole where small, as sketches (llmc/sketch.h) where large. Every tensor
+// is compared, none skipped:
 //     ||a - b|| <= tolerance ||b|| + 1e-8 sqrt(numel);   what is exactly 0 there is exactly 0 here;
 //     a lambda's gradient, per element: |a - b| <= tolerance * sum of |terms|, since terms cancel.
 // The optimizer is compared once more on given gradients, and on cases small enough for a pencil.
@@ -19,7 +19,8 @@
 #include "dev/test/test.h"
 #include "llmc/safetensors.h"  // st_open, st_find, st_read, st_metadata
 
-static const double LOGITS_TOLERANCE = 1e-5, GRADIENT_TOLERANCE = 1e-4, PARAMETER_TOLERANCE = 1e-4, LOSS_TOLERANCE = 1e-6;
+static const double LOGITS_TOLERANCE = 1e-5, GRADIENT_TOLERANCE = 1e-4, PARAMETER_TOLERANCE = 1e-4,
+                    LOSS_TOLERANCE = 1e-6;
 
 // ---------------------------------------------------------------------------------------------
 // Comparing with a fixture.
@@ -53,18 +54,22 @@ static double element(const StTensor *t, const void *data, uint64_t i) {
 static void judge(Fixture *x, const char *name, double error, double allowed) {
     double part = allowed > 0 ? error / allowed : error > 0 ? INFINITY : 0;
     x->compared++;
-    if (!(part <= x->worst)) x->worst = part, snprintf(x->worst_name, sizeof x->worst_name, "%s", name);
-    test_check(part <= 1, __FILE__, __LINE__, "%s: found an error of %.3g, allowed %.3g", name, error, allowed);
+    if (!(part <= x->worst))
+        x->worst = part, snprintf(x->worst_name, sizeof x->worst_name, "%s", name);
+    test_check(part <= 1, __FILE__, __LINE__, "%s: found an error of %.3g, allowed %.3g", name,
+               error, allowed);
 }
 
-static void compare_whole(Fixture *x, const char *name, const StTensor *t, const float *found, size_t n, double tolerance) {
+static void compare_whole(Fixture *x, const char *name, const StTensor *t, const float *found,
+                          size_t n, double tolerance) {
     void *expected = read_tensor(&x->file, t);
     double error = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
         double e = element(t, expected, i), d = found[i] - e;
         error += d * d, norm += e * e;
         if (e == 0 && found[i] != 0) {
-            test_check(false, __FILE__, __LINE__, "%s[%zu]: found %g, expected exactly 0", name, i, found[i]);
+            test_check(false, __FILE__, __LINE__, "%s[%zu]: found %g, expected exactly 0", name, i,
+                       found[i]);
             break;
         }
     }
@@ -72,25 +77,31 @@ static void compare_whole(Fixture *x, const char *name, const StTensor *t, const
     free(expected);
 }
 
-static void compare_sketch(Fixture *x, const char *name, const StTensor *t, const float *found, size_t n, double tolerance) {
+static void compare_sketch(Fixture *x, const char *name, const StTensor *t, const float *found,
+                           size_t n, double tolerance) {
     double *expected = read_tensor(&x->file, t), mine[SKETCH_SIZE];
     sketch_compute(mine, found, n);
-    judge(x, name, sketch_distance(mine, expected), tolerance * expected[SKETCH_NORM] + 1e-8 * sqrt((double)n));
+    judge(x, name, sketch_distance(mine, expected),
+          tolerance * expected[SKETCH_NORM] + 1e-8 * sqrt((double)n));
     test_check(mine[SKETCH_NONZERO] <= expected[SKETCH_NONZERO], __FILE__, __LINE__,
-               "%s: found %.0f elements that are not 0, expected %.0f", name, mine[SKETCH_NONZERO], expected[SKETCH_NONZERO]);
+               "%s: found %.0f elements that are not 0, expected %.0f", name, mine[SKETCH_NONZERO],
+               expected[SKETCH_NONZERO]);
     free(expected);
 }
 
 // Each element of a lambda's gradient against the sum of its terms' sizes.
-static void compare_terms(Fixture *x, const char *name, const StTensor *t, const StTensor *terms, const float *found) {
+static void compare_terms(Fixture *x, const char *name, const StTensor *t, const StTensor *terms,
+                          const float *found) {
     void *expected = read_tensor(&x->file, t), *sizes = read_tensor(&x->file, terms);
     for (uint64_t i = 0; i < count_elements(t); i++)
-        judge(x, name, fabs(found[i] - element(t, expected, i)), GRADIENT_TOLERANCE * element(terms, sizes, i));
+        judge(x, name, fabs(found[i] - element(t, expected, i)),
+              GRADIENT_TOLERANCE * element(terms, sizes, i));
     free(expected), free(sizes);
 }
 
 // found (n) against the fixture's tensor `kind.name`, whole or sketch.
-static void compare(Fixture *x, const char *kind, const char *name, const float *found, size_t n, double tolerance) {
+static void compare(Fixture *x, const char *kind, const char *name, const float *found, size_t n,
+                    double tolerance) {
     char full[80], sketched[96], terms_name[80];
     snprintf(full, sizeof full, "%s%s%s", kind, *name ? "." : "", name);
     snprintf(sketched, sizeof sketched, "sketch.%s", full);
@@ -99,13 +110,18 @@ static void compare(Fixture *x, const char *kind, const char *name, const float 
     const StTensor *terms = strcmp(kind, "grad") ? NULL : st_find(&x->file, terms_name);
     test_check(whole || sketch_of, __FILE__, __LINE__, "%s: not in the fixture", full);
     if (whole && count_elements(whole) != n)
-        test_check(false, __FILE__, __LINE__, "%s: found %zu elements, expected %llu", full, n, (unsigned long long)count_elements(whole));
-    else if (whole && terms) compare_terms(x, full, whole, terms, found);
-    else if (whole) compare_whole(x, full, whole, found, n, tolerance);
-    else if (sketch_of) compare_sketch(x, full, sketch_of, found, n, tolerance);
+        test_check(false, __FILE__, __LINE__, "%s: found %zu elements, expected %llu", full, n,
+                   (unsigned long long)count_elements(whole));
+    else if (whole && terms)
+        compare_terms(x, full, whole, terms, found);
+    else if (whole)
+        compare_whole(x, full, whole, found, n, tolerance);
+    else if (sketch_of)
+        compare_sketch(x, full, sketch_of, found, n, tolerance);
 }
 
-static void compare_all(Fixture *x, const char *kind, const Model *m, const float *arena, double tolerance) {
+static void compare_all(Fixture *x, const char *kind, const Model *m, const float *arena,
+                        double tolerance) {
     for (int i = 0; i < m->table.count; i++) {
         const Tensor *t = &m->table.tensor[i];
         compare(x, kind, t->name, arena + t->offset, tensor_numel(t), tolerance);
@@ -132,14 +148,16 @@ static void trainer_init(Trainer *t, const char *flags) {
     flags_parse(&t->flags, table, argc, argv);
     t->cfg = config_from_flags(&t->flags, -1, -1);
     t->plan = plan_from_flags(&t->flags, &t->cfg, 1);
-    model_init(&t->model, &t->cfg, t->plan.micro_rows, (uint32_t)t->flags.seed, t->flags.init[0] == 't');
+    model_init(&t->model, &t->cfg, t->plan.micro_rows, (uint32_t)t->flags.seed,
+               t->flags.init[0] == 't');
 }
 
-// Forward and backward over the rows of one step, (rows, T+1) tokens. Returns the mean loss. logits:
-// (rows*T, V), or NULL.
+// Forward and backward over the rows of one step, (rows, T+1) tokens. Returns the mean loss.
+// logits: (rows*T, V), or NULL.
 static double trainer_gradients(Trainer *t, const int *rows, float *logits) {
     int B = t->plan.micro_rows, T = t->cfg.T;
-    int *inputs = die_alloc((size_t)(2 * B * T), sizeof *inputs, "tokens"), *targets = inputs + B * T;
+    int *inputs = die_alloc((size_t)(2 * B * T), sizeof *inputs, "tokens"),
+        *targets = inputs + B * T;
     double sum = 0;
     memset(t->model.grads, 0, t->model.table.numel * sizeof(float));
     for (int micro = 0; micro < t->plan.micro_steps; micro++) {
@@ -159,11 +177,13 @@ static const char *fixture_path;
 static void fixture_open(Fixture *x, char *flags, size_t room) {
     memset(x, 0, sizeof *x);
     if (st_open(&x->file, fixture_path)) die(EXIT_DATA, "%s", io_error);
-    if (!st_metadata(&x->file, "flags", flags, room)) die(EXIT_DATA, "%s: no flags in its metadata", fixture_path);
+    if (!st_metadata(&x->file, "flags", flags, room))
+        die(EXIT_DATA, "%s: no flags in its metadata", fixture_path);
 }
 
 static void fixture_report(Fixture *x) {
-    printf("  compared %d tensors; worst %s: %.3f of what is allowed\n", x->compared, x->worst_name, x->worst);
+    printf("  compared %d tensors; worst %s: %.3f of what is allowed\n", x->compared, x->worst_name,
+           x->worst);
     st_close(&x->file);
 }
 
@@ -175,14 +195,18 @@ TEST(oracle) {
     fixture_open(&x, flags, sizeof flags);
     trainer_init(&t, flags);
     int *tokens = read_tensor(&x.file, st_find(&x.file, "tokens"));
-    double *losses = read_tensor(&x.file, st_find(&x.file, "loss")), *norms = read_tensor(&x.file, st_find(&x.file, "grad_norm"));
+    double *losses = read_tensor(&x.file, st_find(&x.file, "loss")),
+           *norms = read_tensor(&x.file, st_find(&x.file, "grad_norm"));
     size_t logits_count = (size_t)t.plan.batch * (size_t)t.cfg.V;
     float *logits = die_alloc(logits_count, sizeof *logits, "logits");
     for (int step = 0; step < 3; step++) {
-        double loss = trainer_gradients(&t, tokens + step * (t.plan.batch / t.cfg.T) * (t.cfg.T + 1), step ? NULL : logits);
+        double loss = trainer_gradients(
+            &t, tokens + step * (t.plan.batch / t.cfg.T) * (t.cfg.T + 1), step ? NULL : logits);
         double norm = model_grad_norm(&t.model);
-        judge(&x, "loss", fabs(loss - losses[step]), (step ? PARAMETER_TOLERANCE : LOSS_TOLERANCE) * losses[step]);
-        judge(&x, "grad_norm", fabs(norm - norms[step]), (step ? 10 : 1) * GRADIENT_TOLERANCE * norms[step]);
+        judge(&x, "loss", fabs(loss - losses[step]),
+              (step ? PARAMETER_TOLERANCE : LOSS_TOLERANCE) * losses[step]);
+        judge(&x, "grad_norm", fabs(norm - norms[step]),
+              (step ? 10 : 1) * GRADIENT_TOLERANCE * norms[step]);
         if (step == 0) {
             compare(&x, "logits", "", logits, logits_count, LOGITS_TOLERANCE);
             compare_all(&x, "grad", &t.model, t.model.grads, GRADIENT_TOLERANCE);
@@ -195,8 +219,8 @@ TEST(oracle) {
     fixture_report(&x);
 }
 
-// Three updates on given gradients: normal numbers of the scale that the fixture names, and 0 for one
-// of the tensors.
+// Three updates on given gradients: normal numbers of the scale that the fixture names, and 0 for
+// one of the tensors.
 TEST(optimizer) {
     Fixture x;
     Trainer t;
@@ -229,7 +253,8 @@ static int run_fixtures(const char *pattern, void (*body)(void)) {
         for (; count < (int)g.gl_pathc; count++) {
             char name[128];
             fixture_path = g.gl_pathv[count];
-            snprintf(name, sizeof name, "%.*s", (int)strcspn(strrchr(fixture_path, '/') + 1, "."), strrchr(fixture_path, '/') + 1);
+            snprintf(name, sizeof name, "%.*s", (int)strcspn(strrchr(fixture_path, '/') + 1, "."),
+                     strrchr(fixture_path, '/') + 1);
             test_run(name, body);
         }
     globfree(&g);
@@ -258,8 +283,8 @@ TEST(adamw_by_hand) {
     CHECK_NEAR(p, 1.8 * 0.95 - 0.1 * (0.64 / 0.36) / sqrt(1.44 / 0.19), 1e-6);
 }
 
-// A gradient diag(3, -4) scaled by anything: rows are made even, so X is diag(1, -1) up to a factor c
-// that Muon+ sets to 1 (norm sqrt(2)); NorMuon's rows are equal, so it stays; w = 1: the decay
+// A gradient diag(3, -4) scaled by anything: rows are made even, so X is diag(1, -1) up to a factor
+// c that Muon+ sets to 1 (norm sqrt(2)); NorMuon's rows are equal, so it stays; w = 1: the decay
 // applies where X w >= 0.
 TEST(muon_by_hand) {
     float w[4] = {1, 1, 1, 1}, momentum[4] = {0}, second[2] = {0}, g[4] = {3, 0, 0, -4};
@@ -268,15 +293,16 @@ TEST(muon_by_hand) {
     muon_update(w, momentum, second, g, 1, 0.9, 0.8, 0.1, 0.5, 2, 2, &s);
     CHECK_NEAR(momentum[0], 0.3, 1e-7);
     CHECK_NEAR(momentum[3], -0.4, 1e-7);
-    CHECK_NEAR(w[0], 1 - 0.1 - 0.05, 1e-6);        // X = 1
-    CHECK_NEAR(w[1], 1 - 0.05, 1e-6);              // X = 0: 0 * w >= 0, decay
-    CHECK_NEAR(w[3], 1 + 0.1, 1e-6);               // X = -1: no decay
-    CHECK_NEAR(second[0], 0.2 * 0.5, 1e-7);        // mean of (1, 0) squared
+    CHECK_NEAR(w[0], 1 - 0.1 - 0.05, 1e-6);  // X = 1
+    CHECK_NEAR(w[1], 1 - 0.05, 1e-6);        // X = 0: 0 * w >= 0, decay
+    CHECK_NEAR(w[3], 1 + 0.1, 1e-6);         // X = -1: no decay
+    CHECK_NEAR(second[0], 0.2 * 0.5, 1e-7);  // mean of (1, 0) squared
 }
 
 TEST(zero_gradient_leaves_only_decay) {
     Trainer t;
-    trainer_init(&t, "--depth 3 --channels 64 --heads 2 --vocab 130 --seq-len 16 --batch-tokens 64 --steps 9 --init test");
+    trainer_init(&t, "--depth 3 --channels 64 --heads 2 --vocab 130 --seq-len 16 --batch-tokens 64 "
+                     "--steps 9 --init test");
     Model *m = &t.model;
     float *before = die_alloc(m->table.numel, sizeof *before, "a copy");
     memcpy(before, m->params, m->table.numel * sizeof *before);
@@ -291,17 +317,20 @@ TEST(zero_gradient_leaves_only_decay) {
         bool equal = true;
         for (size_t e = 0; e < tensor_numel(x); e++) {
             float old = before[x->offset + e], new = m->params[x->offset + e];
-            if (!(fabs(new - old * (1 - (x->frozen ? 0 : decay))) <= 1e-7 * fabs(old))) equal = false;
+            if (!(fabs(new - old *(1 - (x->frozen ? 0 : decay))) <= 1e-7 * fabs(old)))
+                equal = false;
             if (decay == 0 && new != old) equal = false;
         }
-        test_check(equal, __FILE__, __LINE__, "%s: moved by more than its decay of %g", x->name, decay);
+        test_check(equal, __FILE__, __LINE__, "%s: moved by more than its decay of %g", x->name,
+                   decay);
     }
     free(before);
     model_free(m);
 }
 
-static const char *const SMALL = "--depth 3 --channels 64 --heads 2 --vocab 130 --seq-len 48 --window-short 16 --doc-mask 1 "
-                                 "--batch-tokens 384 --steps 4 --init test --bos 3 --micro-batch";
+static const char *const SMALL =
+    "--depth 3 --channels 64 --heads 2 --vocab 130 --seq-len 48 --window-short 16 --doc-mask 1 "
+    "--batch-tokens 384 --steps 4 --init test --bos 3 --micro-batch";
 
 // Trains two steps on drawn tokens; the parameters are then in t->model, the loss is returned.
 static double train_small(Trainer *t, int micro_batch) {
@@ -312,7 +341,8 @@ static double train_small(Trainer *t, int micro_batch) {
     for (int step = 0; step < 2; step++) {
         int rows[8 * 49];
         RandKey key = {5, (uint32_t)step, 99};
-        for (int i = 0; i < 8 * 49; i++) rows[i] = (int)(rand_u32(key, (uint64_t)i) >> 8) % (i % 3 ? 130 : 8);
+        for (int i = 0; i < 8 * 49; i++)
+            rows[i] = (int)(rand_u32(key, (uint64_t)i) >> 8) % (i % 3 ? 130 : 8);
         loss = trainer_gradients(t, rows, NULL);
         model_update(&t->model, &t->flags, &t->plan, step, model_grad_norm(&t->model));
     }
