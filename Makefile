@@ -1,9 +1,8 @@
 # speedrun.c. `make` builds the programs into build/; `make quickstart` trains a small model; `make test`
-# checks everything that needs no GPU. Needs make and gcc or clang; uses OpenMP, PCRE2 and OpenBLAS
+# checks everything that needs no GPU. Needs make and a compiler (cc; CC=clang takes clang); uses OpenMP, PCRE2 and OpenBLAS
 # where they are found (`make doctor` tells).
 
 BUILD  ?= build
-CC     ?= gcc
 CFLAGS ?= -O3 -march=native
 EXTRA  ?=
 WERROR ?=
@@ -81,8 +80,10 @@ doctor:
 readme: $(BUILD)/train_gpt2
 	@BUILD=$(BUILD) dev/readme.sh
 
+# Source in the style of .clang-format.
 format:
 	clang-format -i train_gpt2.c llmc/*.h dev/*/*.c dev/*/*.h
 
+# Removes all that was built.
 clean:
 	rm -rf $(BUILD)

@@ -137,10 +137,11 @@ static void embed_backward(float *dtable,    // (Vp, C)
 static void find_documents(int *doc_start,  // (B, T), positions in the row
                            const int *idx,  // (B, T)
                            int B, int T, int bos, bool doc_mask) {
-    for (int b = 0; b < B; b++)
+    for (int64_t b = 0; b < B; b++)
         for (int t = 0; t < T; t++) {
-            bool first = t == 0 || (doc_mask && idx[b * T + t] == bos);
-            doc_start[b * T + t] = first ? t : doc_start[b * T + t - 1];
+            int64_t at = b * T + t;
+            bool first = t == 0 || (doc_mask && idx[at] == bos);
+            doc_start[at] = first ? t : doc_start[at - 1];
         }
 }
 
@@ -155,8 +156,8 @@ static void smear_forward(float *y,           // (B, T, C)
                           int B, int T, int C) {
 #pragma omp parallel for
     for (int64_t i = 0; i < (int64_t)B * T; i++) {
-        const float *xi = x + i * C, *before = xi - C;
         bool first = doc_start[i] == i % T;
+        const float *xi = x + i * C, *before = first ? xi : xi - C;
         s[i] = first ? 0 : (float)sigmoid(dot(xi, gate, SMEAR_CHANNELS));
         for (int c = 0; c < C; c++)
             y[i * C + c] = first ? xi[c] : xi[c] + lambda * s[i] * before[c];
@@ -234,8 +235,8 @@ static void rope_init(float *cosine,  // (T, D/2)
     for (int t = 0; t < T; t++)
         for (int j = 0; j < D / 2; j++) {
             double angle = t * pow(100000, -2.0 * j / D);
-            cosine[t * (D / 2) + j] = (float)cos(angle);
-            sine[t * (D / 2) + j] = (float)sin(angle);
+            int64_t at = (int64_t)t * (D / 2) + j;
+            cosine[at] = (float)cos(angle), sine[at] = (float)sin(angle);
         }
 }
 
@@ -350,12 +351,13 @@ static int first_key(int i, int W, int doc_start) {
     return first > doc_start ? first : doc_start;
 }
 
-// p_j = exp(scale q_i . k_j - lse_i): for one query the softmax weights of its keys first .. i.
+// p[j] = exp(scale q . k_j - lse): the softmax weights of one query over its `count` keys, which
+// lie `row` floats apart. |scale q . k| <= 1.44 sqrt(D), since q and k have norm sqrt(D).
 static void attention_weights(float *p,  // (i - first + 1)
                               const float *q, const float *k, double scale, double lse, int count,
                               int64_t row, int D) {
     for (int j = 0; j < count; j++) p[j] = (float)(scale * dot(q, k + j * row, D) - lse);
-    for (int j = 0; j < count; j++) p[j] = (float)exp_inline(p[j] > -700 ? p[j] : -700);
+    for (int j = 0; j < count; j++) p[j] = (float)exp_inline(p[j]);
 }
 
 // o_i = sum_j p_ij v_j over the visible keys j, p_i = softmax_j(scale q_i . k_j).
@@ -369,7 +371,7 @@ static void attention_forward(float *o,              // (B, T, C)
     double scale = attention_scale(D);
 #pragma omp parallel
     {
-        float *p = malloc(sizeof *p * (size_t)T);
+        float *p = die_alloc((size_t)T, sizeof *p, "attention's weights of a query");
 #pragma omp for collapse(2) schedule(dynamic, 16)
         for (int64_t bh = 0; bh < (int64_t)B * H; bh++)
             for (int i = 0; i < T; i++) {
@@ -406,7 +408,7 @@ static void attention_backward(float *dqkv,           // (B, T, 3C)
     memset(dqkv, 0, sizeof *dqkv * (size_t)B * (size_t)T * 3 * (size_t)C);
 #pragma omp parallel
     {
-        float *p = malloc(sizeof *p * (size_t)T);
+        float *p = die_alloc((size_t)T, sizeof *p, "attention's weights of a query");
 #pragma omp for schedule(dynamic)
         for (int64_t bh = 0; bh < (int64_t)B * H; bh++)
             for (int i = 0; i < T; i++) {
@@ -454,7 +456,7 @@ static void backout_forward(float *y, const float *x, const float *xb, float lam
     for (int64_t i = 0; i < count; i++) y[i] = x[i] - lambda * xb[i];
 }
 
-// dlambda += -<dy, xb>,   dxb = -lambda dy;   dx = dy.
+// dlambda += -<dy, xb>,   dxb = -lambda dy;   dx = dy, which the caller has already.
 static void backout_backward(float *dxb, float *dlambda, const float *dy, const float *xb,
                              float lambda, double *partial, int64_t n, int C) {
     *dlambda -= (float)dot_tokens(dy, xb, partial, n, C);
@@ -553,6 +555,12 @@ typedef struct {
 
 enum { HEAD_ROWS = 512 };
 
+// Muon's memory for the largest of its matrices, (R, K); side = min(R, K).
+typedef struct {
+    float *x, *product;  // (R, K) each
+    float *a, *a2;       // (side, side) each: A, and b A + c A^2
+} MuonScratch;
+
 typedef struct {
     Config cfg;
     Table table;
@@ -561,7 +569,9 @@ typedef struct {
     float *state1, *state2;  // (table.numel), (table.state_numel): the optimizer's
     Weights w, dw;           // views of params and grads
     Activations a;
-    void *activations;     // the memory behind a
+    void *activations;  // the memory behind a
+    MuonScratch muon;
+    float *scratch;        // the memory behind muon
     float *cosine, *sine;  // (T, D/2) each
 } Model;
 
@@ -578,8 +588,8 @@ static Weights weights_view(const Table *t, const Config *c, float *arena) {
         w.layer[i].wqkv = AT(WQ, i), w.layer[i].wo = AT(WO, i);
         w.layer[i].wfc = AT(WFC, i), w.layer[i].wproj = AT(WPROJ, i);
         w.layer[i].ve_gate = AT(VE_GATE, i), w.layer[i].value_embed = AT(VALUE_EMBED, i);
-        assert(AT(WK, i) == w.layer[i].wqkv + c->C * c->C &&
-               AT(WV, i) == w.layer[i].wqkv + 2 * c->C * c->C);
+        assert(AT(WK, i) == AT(WQ, i) + (size_t)c->C * (size_t)c->C);
+        assert(AT(WV, i) == AT(WK, i) + (size_t)c->C * (size_t)c->C);
     }
 #undef AT
     return w;
@@ -610,6 +620,23 @@ static size_t activations_layout(Activations *a, const Config *c, int B, char *m
     return at;
 }
 
+// Lays Muon's scratch out from `memory` on; returns its elements. NULL: only counts.
+static size_t muon_layout(MuonScratch *s, const Table *t, float *memory) {
+    size_t largest = 0, square = 0;
+    for (int i = 0; i < t->count; i++) {
+        const Tensor *x = &t->tensor[i];
+        if (x->group != GROUP_MATRIX) continue;
+        size_t side = (size_t)(x->rows < x->cols ? x->rows : x->cols);
+        if (tensor_numel(x) > largest) largest = tensor_numel(x);
+        if (side * side > square) square = side * side;
+    }
+    if (memory) {
+        s->x = memory, s->product = memory + largest;
+        s->a = memory + 2 * largest, s->a2 = s->a + square;
+    }
+    return 2 * (largest + square);
+}
+
 // Allocates everything and fills the parameters; model_free releases it. B: rows of a micro-batch.
 static void model_init(Model *m, const Config *cfg, int B, uint32_t seed, bool test_init) {
     memset(m, 0, sizeof *m);
@@ -624,6 +651,8 @@ static void model_init(Model *m, const Config *cfg, int B, uint32_t seed, bool t
     m->activations = die_alloc(activations_layout(&m->a, cfg, B, NULL), 1,
                                "the activations; lower --micro-batch");
     activations_layout(&m->a, cfg, B, m->activations);
+    m->scratch = die_alloc(muon_layout(&m->muon, &m->table, NULL), sizeof(float), "Muon's scratch");
+    muon_layout(&m->muon, &m->table, m->scratch);
     m->w = weights_view(&m->table, cfg, m->params);
     m->dw = weights_view(&m->table, cfg, m->grads);
     m->cosine = die_alloc((size_t)cfg->T * (size_t)(cfg->D / 2), sizeof(float), "rotary angles");
@@ -634,7 +663,7 @@ static void model_init(Model *m, const Config *cfg, int B, uint32_t seed, bool t
 
 static void model_free(Model *m) {
     free(m->params), free(m->grads), free(m->state1), free(m->state2);
-    free(m->activations), free(m->cosine), free(m->sine);
+    free(m->activations), free(m->scratch), free(m->cosine), free(m->sine);
     table_free(&m->table);
 }
 
@@ -820,25 +849,20 @@ static void scale_all(float *x, double factor, size_t count) {
     for (size_t i = 0; i < count; i++) x[i] = (float)(x[i] * factor);
 }
 
-// Memory for Muon's largest matrix.
-typedef struct {
-    float *x, *product, *a, *a2;
-} MuonScratch;
-
 // Rows made even (MuonEq, 2603.28254): X[r] *= (||X|| / sqrt(R)) / max(||X[r]||, 1e-6).
 static void muon_equalize_rows(float *x, int R, int K) {
-    double mean = sqrt(sum_squares(x, (size_t)R * (size_t)K) / R);
+    double rms = sqrt(sum_squares(x, (size_t)R * (size_t)K) / R);  // of the rows' norms
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *row = x + (int64_t)r * K;
-        double factor = mean / fmax(sqrt(dot(row, row, K)), 1e-6);
+        double factor = rms / fmax(sqrt(dot(row, row, K)), 1e-6);
         for (int k = 0; k < K; k++) row[k] = (float)(row[k] * factor);
     }
 }
 
 // Polar Express (Amsel et al., 2505.16932): five steps X = a X + (b A + c A^2) X, A = X X^T, each
-// with its own a, b, c, drive the singular values of X / (1.01 ||X||) towards 1. Where R > K the
-// shorter side is the other one: A = X^T X, and X stands on its left.
+// with its own a, b, c, drive the singular values of X / (1.01 ||X|| + 1e-6) towards 1. Where R > K
+// the shorter side is the other one: A = X^T X, X = a X + X (b A + c A^2).
 static void muon_polar_express(MuonScratch *s, int R, int K) {
     static const double abc[5][3] = {
         {8.156554524902461, -22.48329292557795, 15.878769915207462},
@@ -900,8 +924,10 @@ static void muon_normalize(float *x,       // (R, K)
     }
 }
 
-// Muon (Jordan 2024) on one matrix w (R, K): momentum, X = an orthogonal matrix near it, and
-// w -= lr X + lr wd w where X and w have one sign (cautious decay), lr scaled by sqrt(max(1, R/K)).
+// Muon (Jordan 2024) on one matrix w (R, K): X is the momentum with its singular values drawn
+// towards 1, lr is scaled by sqrt(max(1, R/K)), and
+//     w = w - lr X - lr wd w [X w >= 0]
+// Decay is cautious: it leaves alone a weight that the update makes larger.
 static void muon_update(float *w,         // (R, K)
                         float *momentum,  // (R, K)
                         float *second,    // (max(R, K))
@@ -939,16 +965,6 @@ static double model_grad_norm(const Model *m) {
 static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it, double grad_norm) {
     Schedule now = schedule_at(it, plan->steps, f->warmup);
     double clip = f->grad_clip > 0 ? fmin(1, f->grad_clip / (grad_norm + 1e-6)) : 1;
-    size_t largest = 0, side = 0;
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *x = &m->table.tensor[i];
-        if (x->group != GROUP_MATRIX) continue;
-        size_t s = (size_t)(x->rows < x->cols ? x->rows : x->cols);
-        largest = tensor_numel(x) > largest ? tensor_numel(x) : largest, side = s > side ? s : side;
-    }
-    float *memory = die_alloc(2 * largest + 2 * side * side, sizeof *memory, "Muon's scratch");
-    MuonScratch scratch = {memory, memory + largest, memory + 2 * largest,
-                           memory + 2 * largest + side * side};
     for (int i = 0; i < m->table.count; i++) {
         const Tensor *x = &m->table.tensor[i];
         if (x->frozen) continue;
@@ -958,11 +974,10 @@ static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it,
         const float *g = m->grads + x->offset;
         if (x->group == GROUP_MATRIX)
             muon_update(p, first, second, g, clip, now.momentum, k.beta2, k.lr * now.lr,
-                        k.wd * now.wd, x->rows, x->cols, &scratch);
+                        k.wd * now.wd, x->rows, x->cols, &m->muon);
         else
             adamw_update(p, first, second, g, clip, k, k.lr * now.lr, it + 1, tensor_numel(x));
     }
-    free(memory);
 }
 
 // =============================================================================================
@@ -1009,12 +1024,14 @@ static void run_describe(const Run *r) {
     Table table;
     Activations a;
     table_init(&table, &r->cfg);
-    double P = (double)table.numel * sizeof(float);
+    double arena = (double)table.numel * sizeof(float);
+    MuonScratch muon;
     DescribeMemory memory[] = {
-        {"parameters", P},
-        {"gradients", P},
-        {"optimizer, first state", P},
+        {"parameters", arena},
+        {"gradients", arena},
+        {"optimizer, first state", arena},
         {"optimizer, second state", (double)table.state_numel * sizeof(float)},
+        {"Muon's scratch", (double)muon_layout(&muon, &table, NULL) * sizeof(float)},
         {"activations of a micro-batch",
          (double)activations_layout(&a, &r->cfg, r->plan.micro_rows, NULL)},
     };
@@ -1098,11 +1115,13 @@ static void run_resume(Run *r) {
 // newest counts, and --keep removes the oldest, so the run would lose its own saves. (After
 // --resume auto only damaged ones can be newer.)
 static void run_prepare_out(const Run *r) {
-    CkptEntry *saves;
+    CkptEntry *saves = NULL;
     if (!*r->flags.out) return;
     if (io_make_dir(r->flags.out)) die(EXIT_USAGE, "--out: %s", io_error);
     if (!strcmp(r->flags.resume, "auto")) return;
-    if (ckpt_list(r->flags.out, &saves) > 0 && saves[0].step > r->step)
+    int count = ckpt_list(r->flags.out, &saves);
+    if (count < 0) die(EXIT_CHECKPOINT, "--out: cannot look for saves: %s", io_error);
+    if (count > 0 && saves[0].step > r->step)
         die(EXIT_USAGE,
             "--out: found the save %s, expected none behind step %lld, where this run begins; go "
             "on with --resume auto, or choose another folder",
@@ -1192,7 +1211,7 @@ static double run_accumulate(Run *r, int *all_inputs, int *all_targets, float *l
     int64_t tokens = (int64_t)p->micro_rows * r->cfg.T;
     double sum = 0;
     memset(r->model.grads, 0, r->model.table.numel * sizeof(float));
-    for (int micro = 0; micro < p->micro_steps; micro++) {
+    for (int64_t micro = 0; micro < p->micro_steps; micro++) {
         int *inputs = all_inputs ? all_inputs + micro * tokens : r->inputs;
         int *targets = all_targets ? all_targets + micro * tokens : r->targets;
         loader_next(&r->loader, inputs, targets, p->micro_rows);
@@ -1276,7 +1295,8 @@ static void dump_add_all(Dump *d, const char *kind, const Table *t, const float 
     }
 }
 
-// --dump: one step, and everything that goes into it and comes out of it.
+// --dump: one step, and everything that goes into it and comes out of it. NaN and Inf are written
+// as they are: a dump is for finding them.
 static void run_dump(Run *r) {
     const Flags *f = &r->flags;
     const Table *t = &r->model.table;
@@ -1346,7 +1366,7 @@ static void run_log_open(Run *r) {
     if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts))
         warn("run.json is not written: %s", io_error);
     printf("train_gpt2 %s\n", r->flags_text);
-    printf("%zu parameters, %.0f of them in matrices; %lld steps of %lld tokens, %lld tokens in "
+    printf("%zu parameters, matrix parameters P %.0f; %lld steps of %lld tokens, %lld tokens in "
            "the shards\n",
            r->model.table.params, config_matrix_params(&r->cfg), (long long)r->plan.steps,
            (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);

@@ -5,12 +5,12 @@
 //
 //     --name value    --name=value    @file    --help
 //
-// A bool takes 0 or 1. A list takes one more item each time, and all words that are no flags, if
-// the table has one. @file reads more arguments from a file: separated by white space, '#' starts
-// a comment, "..." keeps spaces and in it "" is one "; @file may stand anywhere and hold further
-// @files. A later value replaces an earlier one. What can not be parsed ends the program with exit
-// code 2 and names the flag, the text found, what was expected, and for an unknown flag the nearest
-// one there is.
+// A bool takes 0 or 1, and alone is 1. A list takes one more item each time, and all words that are
+// no flags, if the table has one. @file reads more arguments from a file: separated by white space,
+// '#' starts a comment, "..." keeps spaces and in it "" is one "; @file may stand anywhere and hold
+// further @files. A later value replaces an earlier one. What can not be parsed ends the program
+// with exit code 2 and names the flag, the text found, what was expected, and for an unknown flag
+// the nearest one there is.
 #ifndef LLMC_ARGS_H
 #define LLMC_ARGS_H
 
@@ -271,6 +271,12 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
         if (!arg)
             die(EXIT_USAGE, "unknown flag --%s; did you mean --%s? see --help", name,
                 args_nearest(table, count, name));
+        bool alone = i + 1 >= n || !strncmp(list[i + 1], "--", 2) || list[i + 1][0] == '@';
+        if (!equals && alone && arg->type == ARG_BOOL) {
+            args_set(arg, "1");
+            arg->given = true;
+            continue;
+        }
         if (!equals && i + 1 >= n)
             die(EXIT_USAGE, "--%s: found nothing behind it, expected %s", name,
                 args_type_name[arg->type]);

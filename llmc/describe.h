@@ -72,9 +72,9 @@ static inline void describe_memory(FILE *out, const DescribeMemory *rows, int co
 
 static inline void describe_plan(FILE *out, const Plan *p, const Flags *f, const Config *c) {
     fprintf(out,
-            "\nhorizon Z %.0f tokens (depth 12: %.0f), batch %lld tokens = %d micro-steps of %d "
+            "\nhorizon Z %.0f tokens (depth 12: %.0f), batch %lld tokens = %lld micro-steps of %d "
             "rows per rank, %lld steps\n",
-            p->horizon, p->horizon12, (long long)p->batch, p->micro_steps, p->micro_rows,
+            p->horizon, p->horizon12, (long long)p->batch, (long long)p->micro_steps, p->micro_rows,
             (long long)p->steps);
     fprintf(out, "%.4g tokens, %.4g FLOPs in all\n", (double)p->batch * (double)p->steps,
             (double)p->batch * (double)p->steps * config_flops_per_token(c, false));

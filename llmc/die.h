@@ -13,7 +13,7 @@
 
 enum {
     EXIT_OK = 0,          // done
-    EXIT_INTERNAL = 1,    // a bug of ours
+    EXIT_INTERNAL = 1,    // a bug of ours, or no memory
     EXIT_USAGE = 2,       // flags that do not exist, do not parse or contradict each other
     EXIT_DATA = 3,        // a token shard or a tokenizer file
     EXIT_CHECKPOINT = 4,  // a checkpoint that is damaged or does not fit

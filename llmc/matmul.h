@@ -1,4 +1,4 @@
-// matmul.h: C = A B on the CPU, the one loop worth tuning: 95% of a training step's time.
+// matmul.h: C = A B on the CPU, the loop where most of a training step's time goes.
 //
 //     c[i][j] (+)= sum_k a(i,k) b(k,j)         i < M, j < N, k < K
 //

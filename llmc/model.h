@@ -12,11 +12,11 @@
 #ifndef LLMC_MODEL_H
 #define LLMC_MODEL_H
 
-#include <assert.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "llmc/die.h"    // die, EXIT_USAGE
@@ -58,7 +58,7 @@ static inline double config_flops_per_token(const Config *c, bool causal) {
     double flops = 6 * config_matrix_params(c);
     for (int i = 0; i < c->L; i++) {
         double w = fmin(c->window[i], c->T), T = c->T;
-        double seen = w >= T ? (T + 1) / 2 : (w * (w + 1) / 2 + (T - w) * (w + 1)) / T;
+        double seen = (w * (w + 1) / 2 + (T - w) * (w + 1)) / T;  // query i: min(i, w) + 1 keys
         flops += 12.0 * c->C * (causal ? seen : w);
     }
     return flops;
@@ -83,6 +83,8 @@ static inline Config config_from_flags(const Flags *f, int vocab, int bos) {
         die(EXIT_USAGE,
             "--channels %d and --heads %d: found C/H = %g, expected an even whole number", c.C, c.H,
             (double)c.C / c.H);
+    if (c.D > 32768)
+        die(EXIT_USAGE, "--heads %d: found C/H = %d, expected at most 32768", c.H, c.D);
     if (c.C < SMEAR_CHANNELS || c.C % 8)
         die(EXIT_USAGE, "--channels: found %d, expected a multiple of 8 from %d on", c.C,
             SMEAR_CHANNELS);

@@ -6,10 +6,12 @@
 //     batch = 2^round(log2(2^19 (Z/Z12)^0.383))         steps = floor(floor(ratio * P) / batch)
 //
 //     lr        linear rise over the warmup, flat, then a linear fall to 5% over the last 65%
-//     momentum  of Muon: 0.85 -> 0.97 over 400 steps, 0.97 -> 0.90 while lr falls
+//     momentum  of Muon: 0.85 -> 0.97 over the first 400 steps, whatever lr does; after them 0.97,
+//               and towards 0.90 where lr falls
 //     wd        of Muon: falls as a half cosine, (1 + cos(pi it/n)) / 2
 //
-// Learning rates grow with sqrt(batch), tables' and head's fall with sqrt(width). Constants from
+// Learning rates grow with sqrt(batch), all but GROUP_SMEAR's; those of
+// the tables and the head fall with sqrt(width). Constants from
 // modded-nanogpt and nanochat (2025-2026).
 #ifndef LLMC_SCHEDULE_H
 #define LLMC_SCHEDULE_H
@@ -22,10 +24,11 @@
 #include "llmc/model.h"  // Config, Group, config_matrix_params
 
 typedef struct {
-    int64_t batch;     // tokens per update
-    int64_t steps;     // n
-    int micro_rows;    // rows at once per rank
-    int micro_steps;   // forward and backward passes per update, each of micro_rows on every rank
+    int64_t batch;   // tokens per update
+    int64_t steps;   // n
+    int micro_rows;  // rows at once per rank
+    int64_t
+        micro_steps;   // forward and backward passes per update, each of micro_rows on every rank
     double horizon;    // Z
     double horizon12;  // Z12
 } Plan;
@@ -34,7 +37,7 @@ typedef struct {
 typedef struct {
     const char *name;
     double lr;            // scaled by width and batch
-    double beta1, beta2;  // Muon: beta1 is not used, its momentum is scheduled
+    double beta1, beta2;  // Muon: beta1 and eps are not used, its momentum is scheduled
     double eps, wd;
 } GroupNumbers;
 
@@ -62,8 +65,8 @@ static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
     p.horizon12 = f->ratio * (12.0 * 12 * 768 * 768 + 768.0 * c->V);
     p.batch = f->batch_tokens ? f->batch_tokens : plan_default_batch(p.horizon, p.horizon12);
     if (p.batch % c->T)
-        die(EXIT_USAGE, "--batch-tokens: found %lld, expected a multiple of --seq-len %d",
-            (long long)p.batch, c->T);
+        die(EXIT_USAGE, "--batch-tokens: found %lld%s, expected a multiple of --seq-len %d",
+            (long long)p.batch, f->batch_tokens ? "" : " (this model's default)", c->T);
     int64_t rows = p.batch / c->T;
     if (rows % ranks)
         die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of the %d ranks",
@@ -74,7 +77,7 @@ static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
             "--batch-tokens %lld: found %lld rows, expected a multiple of --micro-batch %d on %d "
             "ranks",
             (long long)p.batch, (long long)rows, p.micro_rows, ranks);
-    p.micro_steps = (int)(rows / ((int64_t)p.micro_rows * ranks));
+    p.micro_steps = rows / ((int64_t)p.micro_rows * ranks);
     int64_t tokens = f->tokens ? f->tokens : (int64_t)floor(p.horizon);
     p.steps = f->steps ? f->steps : tokens / p.batch;
     if (p.steps < 1)
@@ -99,13 +102,13 @@ static inline GroupNumbers plan_group(const Plan *p, const Flags *f, const Confi
         /* GROUP_X0          */ {"x0_lambda", f->lr_x0 * batch_scale, 0.96, 0.95, 1e-8, 0},
         /* GROUP_SMEAR       */ {"smear, backout", f->lr_smear, 0.8, 0.95, 1e-8, 0},
         /* GROUP_MATRIX      */
-        {"matrices (Muon)", f->lr_matrix * batch_scale, 0, 0.9, 1e-10,
+        {"matrices (Muon)", f->lr_matrix * batch_scale, 0, 0.9, 0,
          f->wd_matrix * batch_scale * p->horizon12 / p->horizon},
     };
     return table[group];
 }
 
-// The schedule at step it = 0 .. n-1 of n.
+// The schedule at step it = 0 .. n-1 of n; at n, its end (the last row of the log).
 static inline Schedule schedule_at(int64_t it, int64_t n, int warmup) {
     Schedule s;
     double x = (double)it, end = (double)n, d = rint(0.65 * end);  // d: steps in which lr falls

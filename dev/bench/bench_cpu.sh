@@ -22,6 +22,6 @@ measure() {
             printf "%-40s %8.0f tok/s   peak memory %s GB\n", name, t[int((n + 1) / 2)], gb }' "$work/log"
 }
 echo
-measure "quickstart: depth 4, C 128, T 256, V 257" --tokenizer bytes --depth 4 --channels 128 --heads 2 \
-    --seq-len 256 --batch-tokens 4096 --steps 10
+measure "quickstart: depth 3, C 128, T 256, V 257" --tokenizer bytes --depth 3 --channels 128 --heads 2 \
+    --seq-len 256 --batch-tokens 2048 --steps 30
 measure "depth 12, C 768, T 1024, V 50257" --depth 12 --seq-len 1024 --bos 256 --batch-tokens 4096 --steps 3

@@ -65,6 +65,14 @@ TEST(defaults_are_set) {
     for (int i = 0; i < COUNT; i++) CHECK(!table[i].given);
 }
 
+TEST(a_bool_alone_is_1) {
+    CHECK(parse("--dry-run").dry);
+    CHECK(!parse("--dry-run=0").dry);
+    Values v = parse("--dry-run|--depth|7");
+    CHECK(v.dry);
+    CHECK_INT(v.depth, 7);
+}
+
 TEST(every_type_is_read) {
     Values v = parse(
         "--dry-run|1|--depth|7|--tokens|123456789012345|--rate|1e-3|--name|a b|--file|x|--file|y");
@@ -316,6 +324,7 @@ TEST(help_exits_0_and_lists_every_flag) {
 
 int main(void) {
     RUN(defaults_are_set);
+    RUN(a_bool_alone_is_1);
     RUN(every_type_is_read);
     RUN(equals_sign_joins_name_and_value);
     RUN(empty_value_after_equals_sign);
