@@ -97,10 +97,12 @@ static inline int io_fail(const char *what, const char *path) {
 static inline int io_open_flags(IoFile *f, const char *path, int flags, const char *what) {
     memset(f, 0, sizeof *f);
     f->fd = -1;
-    if (snprintf(f->path, sizeof f->path, "%s", path) >= (int)sizeof f->path) {
+    size_t length = strlen(path);
+    if (length >= sizeof f->path) {
         errno = ENAMETOOLONG;
         return io_fail(what, path);
     }
+    memcpy(f->path, path, length + 1);
     do f->fd = IO_CALL(open(path, flags | O_CLOEXEC, 0666));
     while (f->fd < 0 && errno == EINTR);
     return f->fd < 0 ? io_fail(what, path) : 0;
