@@ -1,6 +1,6 @@
-# speedrun.c. `make` builds the programs into build/; `make quickstart` trains a small model; `make test`
-# checks everything that needs no GPU. Needs make and a compiler (cc; CC=clang takes clang); uses OpenMP, PCRE2 and OpenBLAS
-# where they are found (`make doctor` tells).
+# speedrun.c. `make` builds the programs into build/; `make quickstart` trains a small model;
+# `make test` checks everything that needs no GPU. Needs make and a compiler (cc; CC=clang takes
+# clang); uses OpenMP, PCRE2 and OpenBLAS where they are found (`make doctor` tells).
 
 BUILD  ?= build
 CFLAGS ?= -O3 -march=native
