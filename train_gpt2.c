@@ -351,12 +351,13 @@ static int first_key(int i, int W, int doc_start) {
     return first > doc_start ? first : doc_start;
 }
 
-// p[j] = exp(scale q . k_j - lse): the softmax weights of one query over its `count` keys, which
-// lie `row` floats apart. |scale q . k| <= 1.44 sqrt(D), since q and k have norm sqrt(D).
-static void attention_weights(float *p,  // (i - first + 1)
-                              const float *q, const float *k, double scale, double lse, int count,
-                              int64_t row, int D) {
-    for (int j = 0; j < count; j++) p[j] = (float)(scale * dot(q, k + j * row, D) - lse);
+// p[j] = exp(scale q . k_j - shift) for one query and its `count` keys, which lie `row` floats
+// apart. q and k have norm sqrt(D), so |scale q . k_j| <= 1.44 sqrt(D).
+static void attention_weights(float *p,        // (count)
+                              const float *q,  // (D)
+                              const float *k,  // (count) rows of (D)
+                              double scale, double shift, int count, int64_t row, int D) {
+    for (int j = 0; j < count; j++) p[j] = (float)(scale * dot(q, k + j * row, D) - shift);
     for (int j = 0; j < count; j++) p[j] = (float)exp_inline(p[j]);
 }
 
@@ -988,6 +989,7 @@ typedef struct {
     Flags flags;
     Tokenizer tokenizer;
     bool has_tokenizer;
+    bool bestfit, keep_tails, test_init;  // --packing, --tails, --init
     Config cfg;
     Plan plan;
     Model model;
@@ -1005,9 +1007,9 @@ static void run_configure(Run *r, int argc, char **argv) {
     memset(r, 0, sizeof *r);
     flags_parse(&r->flags, r->table, argc, argv);
     const Flags *f = &r->flags;
-    flags_choice("packing", f->packing, "bestfit stream");
-    flags_choice("tails", f->tails, "keep drop");
-    flags_choice("init", f->init, "default test");
+    r->bestfit = flags_choice("packing", f->packing, "bestfit stream") == 0;
+    r->keep_tails = flags_choice("tails", f->tails, "keep drop") == 0;
+    r->test_init = flags_choice("init", f->init, "default test") == 1;
     r->flags_text = args_line(r->table, FLAGS_COUNT);
     r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
     if (r->has_tokenizer)
@@ -1341,13 +1343,13 @@ static void run_open(Run *r) {
             "--train: found nothing, expected token shards (build/tokenize makes them from text)");
     if (*f->resume && !*f->out && !strcmp(f->resume, "auto"))
         die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
-    RowsConfig rows = {f->train, r->cfg.T, r->cfg.V, r->cfg.bos, true, true, (uint64_t)f->seed};
-    rows.bestfit = !strcmp(f->packing, "bestfit"), rows.keep_tails = !strcmp(f->tails, "keep");
+    RowsConfig rows = {f->train,   r->cfg.T,      r->cfg.V,         r->cfg.bos,
+                       r->bestfit, r->keep_tails, (uint64_t)f->seed};
     loader_init(&r->loader, &rows, 0, 1);
     if (*f->val)
         loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
                         f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
-    model_init(&r->model, &r->cfg, r->plan.micro_rows, (uint32_t)f->seed, !strcmp(f->init, "test"));
+    model_init(&r->model, &r->cfg, r->plan.micro_rows, (uint32_t)f->seed, r->test_init);
     size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
     r->inputs = die_alloc(tokens, sizeof(int), "tokens");
     r->targets = die_alloc(tokens, sizeof(int), "tokens");

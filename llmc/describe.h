@@ -23,6 +23,7 @@ static inline const char *describe_init(const Init *i, char *buffer, size_t size
 
 static inline void describe_table(FILE *out, const Table *t, const Plan *p, const Flags *f,
                                   const Config *c) {
+    bool test = flags_choice("init", f->init, "default test") == 1;
     fprintf(out, "\n%-26s %16s %13s  %-24s %s\n", "tensor", "shape", "parameters", "init",
             "optimizer group");
     for (int i = 0; i < t->count; i++) {
@@ -33,7 +34,7 @@ static inline void describe_table(FILE *out, const Table *t, const Plan *p, cons
         else
             snprintf(shape, sizeof shape, "(%d, %d)", x->rows, x->cols);
         fprintf(out, "%-26s %16s %13zu  %-24s %s%s\n", x->name, shape, tensor_numel(x),
-                describe_init(f->init[0] == 't' ? &x->test_init : &x->init, init, sizeof init),
+                describe_init(test ? &x->test_init : &x->init, init, sizeof init),
                 plan_group(p, f, c, x->group).name, x->frozen ? ", frozen" : "");
     }
     fprintf(out, "%-26s %16s %13zu\n", "all", "", t->params);

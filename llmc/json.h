@@ -18,7 +18,6 @@
 #define LLMC_JSON_H
 
 #include <assert.h>
-#include <math.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -218,21 +217,6 @@ static inline bool json_scan_number(Json *j) {
         if (j->at < j->size && (j->text[j->at] == '+' || j->text[j->at] == '-')) j->at++;
         if (!json_digits(j)) return json_fail(j, start, "expected digits in the exponent");
     }
-    return true;
-}
-
-static inline bool json_number(Json *j, double *value) {
-    char copy[128];
-    json_peek(j);
-    size_t start = j->at;
-    if (!json_scan_number(j)) return false;
-    size_t n = j->at - start;
-    if (n >= sizeof copy) return json_fail(j, start, "found a number of more than 127 characters");
-    memcpy(copy, j->text + start, n);
-    copy[n] = 0;
-    double found = strtod(copy, NULL);
-    if (!isfinite(found)) return json_fail(j, start, "found a number too large for a double");
-    *value = found;
     return true;
 }
 

@@ -20,7 +20,7 @@
 #include <string.h>
 
 #include "llmc/die.h"    // die, EXIT_USAGE
-#include "llmc/flags.h"  // Flags, flags_choice
+#include "llmc/flags.h"  // Flags
 #include "llmc/rand.h"   // rand_uniform, rand_normal
 
 // ---------------------------------------------------------------------------------------------
@@ -242,7 +242,8 @@ static inline void table_init(Table *t, const Config *c) {
     table_add(t, "lm_head", LM_HEAD, -1, Vp, C, GROUP_LM_HEAD, init_normal(0.001),
               init_normal(3 / sqrt(C)));
     for (int i = 0; i < t->count; i++)
-        if (t->tensor[i].rows == Vp && t->tensor[i].group != GROUP_MATRIX)
+        if (t->tensor[i].role == WTE || t->tensor[i].role == VALUE_EMBED ||
+            t->tensor[i].role == LM_HEAD)
             t->tensor[i].live_rows = c->V;
 }
 

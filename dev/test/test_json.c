@@ -165,23 +165,6 @@ TEST(length_of_a_long_string_is_known_before) {
     CHECK(json_end(&j));
 }
 
-TEST(reads_numbers) {
-    const char *texts[] = {
-        "0", "-0.5", "12e2", "1.7976931348623157e308", "4.9e-324", "123456789012345678"};
-    double values[] = {0, -0.5, 1200, 1.7976931348623157e308, 4.9e-324, 123456789012345678.0};
-    for (int i = 0; i < 6; i++) {
-        Json j = cursor(texts[i]);
-        double value = -1;
-        CHECK(json_number(&j, &value) && json_end(&j));
-        CHECK(value == values[i]);
-    }
-    Json j = cursor("1e999");
-    double value = 7;
-    CHECK(!json_number(&j, &value));
-    CHECK(value == 7);
-    CHECK_STR(j.error, "found a number too large for a double");
-}
-
 TEST(reads_whole_numbers_up_to_2_64) {
     uint64_t value = 5;
     Json j = cursor("18446744073709551615");
@@ -315,7 +298,6 @@ int main(void) {
     RUN(decodes_strings);
     RUN(string_must_fit_its_buffer);
     RUN(length_of_a_long_string_is_known_before);
-    RUN(reads_numbers);
     RUN(reads_whole_numbers_up_to_2_64);
     RUN(first_error_stays_with_its_offset);
     RUN(errors_say_what_is_wrong);
