@@ -1,0 +1,798 @@
+// train_gpt2.cu: a GPT-2 of 2026, trained on one GPU. The same model, flags, data, saves and log as
+// train_gpt2.c, whose functions state the formulas; here are their order, their memory and their
+// cost. Kernels live in llmc/*.cuh, one operation a file.
+//
+// PRECISION. BF16: weights, activations and their gradients are BF16; sums, norms, softmax and loss
+// FP32; masters, optimizer state and the gradients of weights FP32. The FP32 build (-DPRECISION_FP32)
+// has no BF16 and no TF32 in it and is held against the CPU, number by number (make diff).
+//
+// MEMORY. One allocation a kind, laid out by the table of llmc/model.h, block by block:
+//     masters, gradients, first and second optimizer states (FP32), weights (BF16 copies of masters)
+// and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are kept
+// for backward (x_in, h1, q, k, v, att, h2: C each; fc: 4C); relu^2 is computed again.
+//
+// ONE STEP. Everything is enqueued on one stream; the host waits once, at the step's end:
+//
+//     host     load batch 1 .. M into their slots                 load the next step's first | wait
+//     stream   zero gradients | micro-step 1 .. M: forward, head, backward | check | update  |
+//     norms                          sums of squares, a block as it becomes final ^
+//
+// What changes from step to step (rates, momentum, clip scale, skip) is one struct in device memory
+// (llmc/step.cuh), so no launch argument ever changes; the check kernel sets skip on NaN or Inf, and
+// the optimizer's kernels then do nothing.
+//
+// The file runs: parameters, activations, model, forward, head, backward, update, a step, validation
+// and samples, save and load, main.
+#include <assert.h>
+#include <limits.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "llmc/adamw.cuh"        // adamw_update
+#include "llmc/classifier.cuh"   // classifier, loss_reduce
+#include "llmc/cuda_common.cuh"  // floatX, Gpu, gpu_init, gpu_alloc, Trace, trace_op
+#include "llmc/dataloader.h"     // Loader, loader_state
+#include "llmc/embed.cuh"        // embed_norm_forward, embed_backward
+#include "llmc/feed.cuh"         // Feed, feed_load, feed_put, feed_get
+#include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad
+#include "llmc/model.h"          // Config, Table, table_init, table_fill
+#include "llmc/muon.cuh"         // Muon, muon_update
+#include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
+#include "llmc/residual.cuh"     // mix_norm_forward, backout_norm_forward, add_forward
+#include "llmc/rmsnorm.cuh"      // norm_forward, norm_backward
+#include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
+#include "llmc/schedule.h"       // Plan, Phase
+#include "llmc/smear.cuh"        // smear_forward, smear_backward
+#include "llmc/step.cuh"         // StepState, step_numbers, step_check, grad_norm_add
+#include "llmc/value_embed.cuh"  // value_embed_forward, value_embed_backward
+
+#ifdef PRECISION_FP32
+#include "llmc/attention_fp32.cuh"  // attention_forward, attention_backward
+#else
+#include "llmc/attention.cuh"  // attention_forward, attention_backward
+#endif
+
+// =============================================================================================
+// Parameters: pointers into an arena laid out by the table. Weights are floatX; what is small
+// (gates, lambdas) is read from the FP32 masters. Of the gradients all is FP32.
+
+template <class T>
+struct LayerViews {
+    T *wqkv;         // (3C, C): wq, wk, wv
+    T *wo;           // (C, C)
+    T *wfc;          // (F, C)
+    T *wproj;        // (C, F)
+    T *value_embed;  // (Vp, C), NULL in layers without one
+    float *ve_gate;  // (H, 12), likewise
+};
+
+template <class T>
+struct Views {
+    T *wte;               // (Vp, C)
+    T *lm_head;           // (Vp, C)
+    float *smear_gate;    // (24)
+    float *smear_lambda;  // (1)
+    LayerViews<T> layer[MODEL_MAX_LAYERS];
+    float *resid_lambda;    // (L)
+    float *x0_lambda;       // (L)
+    float *backout_lambda;  // (1)
+};
+typedef LayerViews<floatX> LayerWeights;
+typedef LayerViews<float> LayerGradients;
+
+// Where a tensor starts, or NULL where the model has none of that role.
+template <class T>
+static T *view(const Table *t, T *arena, Role role, int layer) {
+    const Tensor *x = table_find(t, role, layer);
+    return x ? arena + x->offset : NULL;
+}
+
+template <class T>
+static Views<T> views_of(const Table *t, const Config *c, T *arena, float *small) {
+    Views<T> v;
+    memset(&v, 0, sizeof v);
+    v.wte = view(t, arena, WTE, -1), v.lm_head = view(t, arena, LM_HEAD, -1);
+    v.smear_gate = view(t, small, SMEAR_GATE, -1);
+    v.smear_lambda = view(t, small, SMEAR_LAMBDA, -1);
+    v.resid_lambda = view(t, small, RESID_LAMBDA, -1);
+    v.x0_lambda = view(t, small, X0_LAMBDA, -1);
+    v.backout_lambda = view(t, small, BACKOUT_LAMBDA, -1);
+    for (int i = 0; i < c->L; i++) {
+        LayerViews<T> *l = &v.layer[i];
+        l->wqkv = view(t, arena, WQ, i), l->wo = view(t, arena, WO, i);
+        l->wfc = view(t, arena, WFC, i), l->wproj = view(t, arena, WPROJ, i);
+        l->value_embed = view(t, arena, VALUE_EMBED, i);
+        l->ve_gate = view(t, small, VE_GATE, i);
+    }
+    return v;
+}
+
+// =============================================================================================
+// Activations.
+
+// What one layer's forward keeps for its backward.
+typedef struct {
+    floatX *x_in;     // (n, C): the stream as it enters
+    floatX *h1, *h2;  // (n, C): the normed inputs of attention and MLP
+    float *r1, *r2;   // (n): the norms' factors
+    floatX *qkv;      // (n, 3C): q and k normed and rotated, v with its value embedding
+    float *qk_r;      // (n, 2H): the factors of the norms of q and k
+    float *gate;      // (n, H): the value embedding's gates
+    floatX *att;      // (n, C): attention's output before wo
+    float *lse;       // (H, n): its log-sum-exps
+    floatX *fc;       // (n, F): h2 wfc^T
+} LayerActivations;
+
+typedef struct {
+    LayerActivations layer[MODEL_MAX_LAYERS];
+    floatX *embed, *x0;   // (n, C): N(wte[idx]); behind the smear: the first layer's x_in
+    float *embed_r;       // (n)
+    float *smear;         // (n): the smear gates
+    floatX *x_last;       // (n, C): the stream as it leaves the last layer
+    floatX *hf;           // (n, C): the normed input of the head
+    float *rf;            // (n)
+    floatX *logits;       // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
+    float *losses;        // (n): nats of each target
+    floatX *relu2, *dfc;  // (n, F)
+    floatX *dx, *dx0, *dxb, *dh;  // (n, C): gradients of the stream, of x0, of backout's branch, of
+                                  // a branch's normed input
+    floatX *dqkv;                 // (n, 3C)
+    float *delta, *dz;            // (H, n), (n, H): of attention, of the value gates
+    void *scratch;                // partial sums of whichever kernel runs
+} Activations;
+
+enum { HEAD_ROWS = 8192 };
+
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t scratch_bytes(const Config *c, int n) {
+    size_t bytes = residual_scratch_bytes(n, c->C);
+    bytes = largest(bytes, smear_scratch_bytes(n));
+    bytes = largest(bytes, embed_scratch_bytes(n, c->C));
+    return largest(bytes, value_gate_scratch_bytes(n, c->H));
+}
+
+// A place of `bytes` in the memory from `base` on; NULL: only counts.
+static void *place(char *base, size_t *at, size_t bytes) {
+    void *p = base ? base + *at : NULL;
+    *at += (bytes + 255) / 256 * 256;
+    return p;
+}
+
+// Lays out the activations of n tokens from `memory` on; returns their bytes. NULL: only counts.
+static size_t activations_layout(Activations *a, const Config *c, int tokens, char *memory) {
+    size_t n = (size_t)tokens, C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F, at = 0;
+    size_t X = sizeof(floatX), head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
+#define PLACE(field, type, size, count) field = (type *)place(memory, &at, (size) * (count))
+    PLACE(a->embed, floatX, X, n * C), PLACE(a->embed_r, float, 4, n);
+    PLACE(a->smear, float, 4, n);
+    for (int i = 0; i < c->L; i++) {
+        LayerActivations *l = &a->layer[i];
+        bool gated = config_has_value_embed(c, i);
+        PLACE(l->x_in, floatX, X, n * C), PLACE(l->h1, floatX, X, n * C);
+        PLACE(l->r1, float, 4, n), PLACE(l->r2, float, 4, n);
+        PLACE(l->qkv, floatX, X, n * 3 * C), PLACE(l->qk_r, float, 4, n * 2 * H);
+        PLACE(l->gate, float, 4, gated ? n * H : 0), PLACE(l->lse, float, 4, n * H);
+        PLACE(l->att, floatX, X, n * C), PLACE(l->h2, floatX, X, n * C);
+        PLACE(l->fc, floatX, X, n * F);
+    }
+    a->x0 = a->layer[0].x_in;
+    PLACE(a->x_last, floatX, X, n * C), PLACE(a->hf, floatX, X, n * C);
+    PLACE(a->rf, float, 4, n);
+    PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
+    PLACE(a->relu2, floatX, X, n * F), PLACE(a->dfc, floatX, X, n * F);
+    PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
+    PLACE(a->dxb, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
+    PLACE(a->dqkv, floatX, X, n * 3 * C);
+    PLACE(a->delta, float, 4, n * H), PLACE(a->dz, float, 4, n * H);
+    PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
+#undef PLACE
+    return at;
+}
+
+// The stream behind layer i: what enters layer i + 1.
+static floatX *stream_behind(Activations *a, const Config *c, int i) {
+    return i + 1 < c->L ? a->layer[i + 1].x_in : a->x_last;
+}
+
+// =============================================================================================
+// The model.
+
+typedef struct Model {
+    Config cfg;
+    Table table;
+    Gpu gpu;
+    cudaStream_t stream, norms;  // the step; the sums of squares of its gradients
+    Trace trace;
+    Matmul matmul;
+    float *masters, *grads, *first;  // (table.numel) each
+    float *second;                   // (table.state_numel)
+    floatX *weights;                 // (table.numel); in the FP32 build the masters themselves
+    Views<floatX> w;
+    Views<float> dw;
+    bool held[MODEL_MAX_LAYERS];  // layers' weights between get and release
+    Activations a;
+    void *activations;    // the memory behind a
+    float *cosine, *sine;  // (T, D/2) each, of rotary
+    Muon muon;
+    StepState *step, *host_step;  // device, pinned
+    cudaEvent_t *block_final;     // (table.blocks): a block's gradients are final
+    cudaEvent_t norms_done;
+    double *norm_partial, *tensor_norm;  // (chunks), (tensors): sums of squares
+    int *first_chunk, *host_chunk;       // (tensors + 1): where each tensor's chunks begin
+    Feed feed;
+    int slots, next_slot;  // of the feed, but the last, which is validation's
+    bool fetched;          // next_slot holds the next step's first micro-batch
+    float *host_losses;    // (n) pinned, for validation
+    size_t max_tokens;     // n
+} Model;
+
+// Weights of a layer, from get to release. On one GPU they are always there; held tells misuse.
+static const LayerWeights *weights_get(Model *m, int layer) {
+    assert(!m->held[layer]);
+    m->held[layer] = true;
+    return &m->w.layer[layer];
+}
+
+static void weights_release(Model *m, int layer) {
+    assert(m->held[layer]);
+    m->held[layer] = false;
+}
+
+#include "llmc/run.h"  // Run, run_open, run_train, run_dump; StepResult, ModelState
+
+// =============================================================================================
+// Forward and backward. Each trace_op names the operation that follows, with the floating-point
+// operations it must do and the bytes it must move (n C numbers of floatX: X bytes).
+
+static double matmul_flops(int n, int K, int N) { return 2.0 * n * K * N; }
+
+static double matmul_bytes(int n, int K, int N) {
+    return sizeof(floatX) * ((double)n * K + (double)K * N + (double)n * N);
+}
+
+// Of attention over n tokens in rows of T, counting the keys that a query sees: `products` times 2 D
+// operations for each query, key and head. (Documents shorten it further; that is not counted.)
+static double attention_flops(int n, int T, int C, int W, int products) {
+    double w = fmin(W, T), keys = (w * (w + 1) / 2 + (T - w) * (w + 1)) / T;
+    return 2.0 * products * n * C * keys;
+}
+
+// From tokens to the head's input a.hf.
+static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
+    const Config *c = &m->cfg;
+    const Views<floatX> *w = &m->w;
+    Activations *a = &m->a;
+    Trace *t = &m->trace;
+    cudaStream_t s = m->stream;
+    int n = b->n, C = c->C, H = c->H, D = c->D, F = c->F;
+    double nC = (double)sizeof(floatX) * n * C, nF = (double)sizeof(floatX) * n * F;
+    const MatmulEpilogue store = {MATMUL_STORE}, add = {MATMUL_ADD};
+
+    trace_op(t, "embed_norm", -1, 0, 2 * nC);
+    embed_norm_forward(a->embed, a->embed_r, b->tokens, w->wte, n, C, s);
+    trace_op(t, "smear", -1, 0, 2 * nC);
+    smear_forward(a->x0, a->smear, a->embed, w->smear_gate, w->smear_lambda, b->doc_start, n, C, s);
+    for (int i = 0; i < c->L; i++) {
+        const LayerWeights *lw = weights_get(m, i);
+        LayerActivations *l = &a->layer[i];
+        floatX *x = stream_behind(a, c, i);  // grows in place: the mix, + attention, + MLP
+        int W = phase->window[i];
+
+        trace_op(t, "mix_norm", i, 0, 4 * nC);
+        mix_norm_forward(x, l->h1, l->r1, l->x_in, a->x0, w->resid_lambda + i, w->x0_lambda + i, n,
+                         C, s);
+        trace_op(t, "qkv", i, matmul_flops(n, C, 3 * C), matmul_bytes(n, C, 3 * C));
+        matmul_forward(&m->matmul, l->qkv, matmul_operand(l->h1), matmul_operand(lw->wqkv), store,
+                       n, C, 3 * C, s);
+        if (lw->value_embed) {
+            trace_op(t, "value_embed", i, 0, 3 * nC);
+            value_embed_forward(l->qkv + 2 * C, l->gate, l->h1, lw->ve_gate, lw->value_embed,
+                                b->tokens, n, H, D, 3 * C, s);
+        }
+        trace_op(t, "qk_norm_rope", i, 0, 4 * nC);
+        qk_forward(l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
+        trace_op(t, "attention", i, attention_flops(n, b->T, C, W, 2), 4 * nC);
+        attention_forward(l->att, l->lse, l->qkv, l->qkv + C, l->qkv + 2 * C, b->doc_start, n, H, D,
+                          W, C, 3 * C, s);
+        trace_op(t, "wo", i, matmul_flops(n, C, C), matmul_bytes(n, C, C) + nC);
+        matmul_forward(&m->matmul, x, matmul_operand(l->att), matmul_operand(lw->wo), add, n, C, C,
+                       s);
+        trace_op(t, "norm", i, 0, 2 * nC);
+        norm_forward(l->h2, l->r2, x, n, C, s);
+        trace_op(t, "fc", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
+        matmul_forward(&m->matmul, l->fc, matmul_operand(l->h2), matmul_operand(lw->wfc), store, n,
+                       C, F, s);
+        trace_op(t, "relu2", i, 0, 2 * nF);
+        relu2_forward(a->relu2, l->fc, (size_t)n * F, s);
+        trace_op(t, "proj", i, matmul_flops(n, F, C), matmul_bytes(n, F, C) + nC);
+        matmul_forward(&m->matmul, x, matmul_operand(a->relu2), matmul_operand(lw->wproj), add, n,
+                       F, C, s);
+        weights_release(m, i);
+    }
+    trace_op(t, "backout_norm", -1, 0, 3 * nC);
+    const floatX *x_middle = config_has_backout(c) ? stream_behind(a, c, c->L / 2) : NULL;
+    backout_norm_forward(a->hf, a->rf, a->x_last, x_middle, w->backout_lambda, n, C, s);
+    trace_end(t);
+}
+
+// For --dump: what softcap makes of raw logits that lie on the device, in double.
+static void keep_logits(Model *m, float *keep /* (rows, V) */, int rows) {
+    size_t V = (size_t)m->cfg.V, Vp = (size_t)m->cfg.Vp;
+    floatX *raw = (floatX *)die_alloc((size_t)rows * Vp, sizeof *raw, "logits to keep");
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    CUDA_CHECK(cudaMemcpy(raw, m->a.logits, (size_t)rows * Vp * sizeof *raw,
+                          cudaMemcpyDeviceToHost));
+    for (size_t r = 0; r < (size_t)rows; r++)
+        for (size_t v = 0; v < V; v++)
+            keep[r * V + v] = (float)(15 * tanh((double)(float)raw[r * Vp + v] / 15));
+    free(raw);
+}
+
+// Losses of n tokens into a.losses, the head in chunks of HEAD_ROWS: the logits of a whole
+// micro-batch never exist at once. With grad_scale > 0 also the gradients: into dw.lm_head, and for
+// the trunk into a.dh. keep: (n, V) on the host, for the capped logits, or NULL.
+static void head_loss(Model *m, const DeviceBatch *b, float grad_scale, float *keep) {
+    Activations *a = &m->a;
+    Trace *t = &m->trace;
+    cudaStream_t s = m->stream;
+    int C = m->cfg.C, V = m->cfg.V, Vp = m->cfg.Vp;
+    const MatmulEpilogue store = {MATMUL_STORE};
+    for (int from = 0; from < b->n; from += HEAD_ROWS) {
+        int rows = b->n - from < HEAD_ROWS ? b->n - from : HEAD_ROWS;
+        floatX *hf = a->hf + (size_t)from * C, *dh = a->dh + (size_t)from * C;
+        double flops = matmul_flops(rows, C, Vp), bytes = matmul_bytes(rows, C, Vp);
+        trace_op(t, "head", -1, flops, bytes);
+        matmul_forward(&m->matmul, a->logits, matmul_operand(hf), matmul_operand(m->w.lm_head),
+                       store, rows, C, Vp, s);
+        if (keep) keep_logits(m, keep + (size_t)from * (size_t)V, rows);
+        trace_op(t, "classifier", -1, 0, 2.0 * sizeof(floatX) * rows * Vp);
+        classifier(a->logits, a->losses + from, b->targets + from, grad_scale, rows, V, Vp, s);
+        if (grad_scale <= 0) continue;
+        trace_op(t, "head dgrad", -1, flops, bytes);
+        matmul_dgrad(&m->matmul, dh, matmul_operand(a->logits), matmul_operand(m->w.lm_head), store,
+                     rows, C, Vp, s);
+        trace_op(t, "head wgrad", -1, flops, bytes);
+        matmul_wgrad(&m->matmul, m->dw.lm_head, matmul_operand(a->logits), matmul_operand(hf), rows,
+                     C, Vp, s);
+    }
+    trace_end(t);
+}
+
+// One layer's backward: a.dx comes in as the gradient of the stream that leaves layer i, and goes
+// out as that of the stream that enters it. Each step undoes the line of trunk_forward it names.
+static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, int i) {
+    const Config *c = &m->cfg;
+    Activations *a = &m->a;
+    LayerActivations *l = &a->layer[i];
+    const LayerWeights *w = weights_get(m, i);
+    const LayerGradients *dw = &m->dw.layer[i];
+    Matmul *mm = &m->matmul;
+    Trace *t = &m->trace;
+    cudaStream_t s = m->stream;
+    int n = b->n, C = c->C, H = c->H, D = c->D, F = c->F, W = phase->window[i];
+    double nC = (double)sizeof(floatX) * n * C, nF = (double)sizeof(floatX) * n * F;
+    double flops_F = matmul_flops(n, C, F), bytes_F = matmul_bytes(n, C, F);
+    double flops_C = matmul_flops(n, C, C), bytes_C = matmul_bytes(n, C, C);
+    double flops_3C = 3 * flops_C, bytes_3C = matmul_bytes(n, C, 3 * C);
+    const MatmulEpilogue store = {MATMUL_STORE};
+
+    // x_out = x + relu2(fc) wproj^T
+    trace_op(t, "proj dgrad", i, flops_F, bytes_F);
+    matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj), store, n, F, C, s);
+    trace_op(t, "relu2 backward", i, 0, 4 * nF);
+    relu2_backward(a->dfc, a->relu2, l->fc, (size_t)n * F, s);
+    trace_op(t, "proj wgrad", i, flops_F, bytes_F);
+    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(a->relu2), n, F, C, s);
+    // fc = h2 wfc^T, h2 = N(x)
+    trace_op(t, "fc wgrad", i, flops_F, bytes_F);
+    matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
+    trace_op(t, "fc dgrad", i, flops_F, bytes_F);
+    matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
+    trace_op(t, "norm backward", i, 0, 4 * nC);
+    norm_backward(a->dx, a->dh, l->h2, l->r2, n, C, true, s);
+    // x += att wo^T
+    trace_op(t, "wo wgrad", i, flops_C, bytes_C);
+    matmul_wgrad(mm, dw->wo, matmul_operand(a->dx), matmul_operand(l->att), n, C, C, s);
+    trace_op(t, "wo dgrad", i, flops_C, bytes_C);
+    matmul_dgrad(mm, a->dh, matmul_operand(a->dx), matmul_operand(w->wo), store, n, C, C, s);
+    trace_op(t, "attention backward", i, attention_flops(n, b->T, C, W, 5), 8 * nC);
+    attention_backward(a->dqkv, a->dqkv + C, a->dqkv + 2 * C, a->delta, a->dh, l->att, l->lse,
+                       l->qkv, l->qkv + C, l->qkv + 2 * C, b->doc_start, n, H, D, W, C, 3 * C, s);
+    // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
+    if (w->value_embed) {
+        trace_op(t, "value_embed backward", i, 0, 3 * nC + 8.0 * n * C);
+        value_embed_backward(dw->value_embed, a->dz, a->dqkv + 2 * C, l->gate, w->value_embed,
+                             b->tokens, b->index, a->scratch, n, H, D, 3 * C, s);
+    }
+    trace_op(t, "qk_norm_rope backward", i, 0, 6 * nC);
+    qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
+    // qkv = h1 wqkv^T
+    trace_op(t, "qkv wgrad", i, flops_3C, bytes_3C);
+    matmul_wgrad(mm, dw->wqkv, matmul_operand(a->dqkv), matmul_operand(l->h1), n, C, 3 * C, s);
+    trace_op(t, "qkv dgrad", i, flops_3C, bytes_3C);
+    matmul_dgrad(mm, a->dh, matmul_operand(a->dqkv), matmul_operand(w->wqkv), store, n, C, 3 * C,
+                 s);
+    if (w->value_embed) {
+        trace_op(t, "value_gate backward", i, 0, 96.0 * n);
+        value_gate_backward(dw->ve_gate, a->dh, a->dz, l->h1, w->ve_gate, a->scratch, n, H, C, s);
+    }
+    // h1 = N(x), x = resid_lambda x_in + x0_lambda x0
+    trace_op(t, "mix_norm backward", i, 0, 8 * nC);
+    mix_norm_backward(a->dx, a->dx0, m->dw.resid_lambda + i, m->dw.x0_lambda + i, a->dh, l->h1,
+                      l->r1, l->x_in, a->x0, m->w.resid_lambda + i, m->w.x0_lambda + i, a->scratch,
+                      n, C, s);
+    trace_end(t);
+    weights_release(m, i);
+}
+
+// The gradients of a block have their last term: their squares are summed on the side.
+static void block_is_final(Model *m, int block) {
+    CUDA_CHECK(cudaEventRecord(m->block_final[block], m->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->norms, m->block_final[block], 0));
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *x = &m->table.tensor[i];
+        if (x->block == block)
+            grad_norm_add(m->norm_partial + m->host_chunk[i], m->grads + x->offset, tensor_numel(x),
+                          m->norms);
+    }
+}
+
+// From a.dh, the gradient of the head's input, to all gradients, which are added to. last: of the
+// step's micro-batches; a block is final when its layer is done.
+static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, bool last) {
+    const Config *c = &m->cfg;
+    Activations *a = &m->a;
+    Trace *t = &m->trace;
+    cudaStream_t s = m->stream;
+    int n = b->n, C = c->C, L = c->L;
+    double nC = (double)sizeof(floatX) * n * C;
+    bool backout = config_has_backout(c);
+
+    trace_op(t, "backout_norm backward", -1, 0, 5 * nC);
+    backout_norm_backward(a->dx, a->dxb, m->dw.backout_lambda, a->dh, a->hf, a->rf,
+                          backout ? stream_behind(a, c, L / 2) : NULL, m->w.backout_lambda,
+                          a->scratch, n, C, s);
+    CUDA_CHECK(cudaMemsetAsync(a->dx0, 0, (size_t)n * C * sizeof(floatX), s));
+    for (int i = L - 1; i >= 0; i--) {
+        if (backout && i == L / 2) add_forward(a->dx, a->dxb, (size_t)n * C, s);
+        layer_backward(m, b, phase, i);
+        if (last) block_is_final(m, 1 + i);
+    }
+    trace_op(t, "smear backward", -1, 0, 6 * nC);
+    add_forward(a->dx0, a->dx, (size_t)n * C, s);  // the first layer's x_in is x0
+    smear_backward(a->dx, m->dw.smear_gate, m->dw.smear_lambda, a->dx0, a->embed, a->smear,
+                   m->w.smear_gate, m->w.smear_lambda, b->doc_start, a->scratch, n, C, s);
+    trace_op(t, "embed_norm backward", -1, 0, 5 * nC + 4.0 * n * C);
+    norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, false, s);
+    embed_backward(m->dw.wte, a->dx, b->index, a->scratch, n, C, s);
+    trace_end(t);
+    if (last) block_is_final(m, 0), block_is_final(m, 1 + L);
+}
+
+// Forward and backward of micro-batch `micro` of the step; gradients are added to.
+static void model_accumulate(Model *m, const DeviceBatch *b, const Phase *phase, int64_t micro,
+                             float *keep) {
+    trunk_forward(m, b, phase);
+    head_loss(m, b, (float)(1.0 / (double)phase->batch), keep);
+    loss_reduce(m->step, m->a.losses, b->n, b->T, (int)micro * phase->micro_rows, m->stream);
+    trunk_backward(m, b, phase, micro + 1 == phase->micro_steps);
+}
+
+// =============================================================================================
+// The update: norm and check, then every tensor by its optimizer.
+
+static void model_update(Model *m) {
+    const Table *table = &m->table;
+    Trace *t = &m->trace;
+    cudaStream_t s = m->stream;
+    CUDA_CHECK(cudaEventRecord(m->norms_done, m->norms));
+    CUDA_CHECK(cudaStreamWaitEvent(s, m->norms_done, 0));
+    step_check(m->step, m->tensor_norm, m->norm_partial, m->first_chunk, table->count, s);
+    size_t tables = 0;
+    for (int i = 0; i < table->count; i++)
+        if (table->tensor[i].group != GROUP_MATRIX) tables += tensor_numel(&table->tensor[i]);
+    trace_op(t, "adamw", -1, 0, (28.0 + (sizeof(floatX) == 2 ? 2 : 0)) * (double)tables);
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *x = &table->tensor[i];
+        if (x->frozen || x->group == GROUP_MATRIX) continue;
+        floatX *w = (void *)m->weights == (void *)m->masters ? NULL : m->weights + x->offset;
+        adamw_update(m->masters + x->offset, w, m->first + x->offset, m->second + x->state,
+                     m->grads + x->offset, m->step, x->group, tensor_numel(x), s);
+    }
+    trace_op(t, "muon", -1, muon_flops(&m->muon), 0);
+    muon_update(&m->muon, &m->matmul, m->masters,
+                (void *)m->weights == (void *)m->masters ? NULL : m->weights, m->grads, m->first,
+                m->second, m->step, s);
+    trace_end(t);
+}
+
+// =============================================================================================
+// A step.
+
+// Puts the loader's next micro-batch on its way into the next slot.
+static int fetch(Model *m, Loader *loader, const Phase *phase) {
+    int slot = m->next_slot;
+    feed_load(&m->feed, slot, loader, phase->micro_rows, phase->T);
+    m->next_slot = (slot + 1) % (m->slots - 1);
+    return slot;
+}
+
+static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *phase,
+                       StepTrace *keep) {
+    size_t n = (size_t)phase->micro_rows * (size_t)phase->T, at = (size_t)micro * n;
+    memcpy(keep->tokens + at, m->feed.slot[slot].host.tokens, n * sizeof(int));
+    memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
+}
+
+static StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
+                             const Flags *flags, int64_t step, StepTrace *keep) {
+    cudaStream_t s = m->stream;
+    StepResult result;
+    memset(&result, 0, sizeof result);
+    step_numbers(m->host_step, plan, flags, &m->cfg, step);
+    CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
+    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->table.numel * sizeof(float), s));
+    int first = m->fetched ? (m->next_slot + m->slots - 2) % (m->slots - 1)
+                           : fetch(m, loader, phase);
+    for (int64_t micro = 0, slot = first; micro < phase->micro_steps; micro++) {
+        DeviceBatch b = feed_get(&m->feed, (int)slot, s);
+        size_t at = (size_t)micro * (size_t)b.n * (size_t)m->cfg.V;
+        if (keep) keep_batch(m, (int)slot, micro, phase, keep);
+        model_accumulate(m, &b, phase, micro, keep ? keep->logits + at : NULL);
+        if (micro + 1 < phase->micro_steps) slot = fetch(m, loader, phase);
+    }
+    model_update(m);
+    CUDA_CHECK(cudaMemcpyAsync(m->host_step, m->step, sizeof *m->step, cudaMemcpyDeviceToHost, s));
+    result.at = loader_state(loader);
+    fetch(m, loader, phase);
+    m->fetched = true;
+    CUDA_CHECK(cudaStreamSynchronize(s));
+    const StepState *done = m->host_step;
+    result.loss = done->loss_sum / (double)phase->batch, result.grad_norm = done->grad_norm;
+    result.finite = !done->skip;
+    result.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
+    if (done->bad_tensor >= 0) result.bad_tensor = m->table.tensor[done->bad_tensor].name;
+    int64_t row = result.bad_row < 0 ? 0 : result.bad_row;
+    int slot = (int)((first + row / phase->micro_rows) % (m->slots - 1));
+    result.origin = m->feed.slot[slot].origin[row % phase->micro_rows];
+    if (keep)
+        CUDA_CHECK(cudaMemcpy(keep->grads, m->grads, m->table.numel * sizeof(float),
+                              cudaMemcpyDeviceToHost));
+    return result;
+}
+
+// =============================================================================================
+// Validation and samples.
+
+static void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
+                         const Phase *phase, double *losses) {
+    feed_put(&m->feed, m->slots - 1, inputs, targets, rows, T);
+    DeviceBatch b = feed_get(&m->feed, m->slots - 1, m->stream);
+    trunk_forward(m, &b, phase);
+    head_loss(m, &b, 0, NULL);
+    CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->a.losses, (size_t)b.n * sizeof(float),
+                               cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    for (int t = 0; t < b.n; t++) losses[t] = m->host_losses[t];
+}
+
+// The tokens are filled up to a multiple of 128 with BOS, which those before them do not see: few
+// shapes, so few plans of matmuls.
+static void model_logits(Model *m, const int *tokens, int count, const Phase *phase,
+                         float *logits) {
+    const Config *c = &m->cfg;
+    int T = ceil_div(count, 128) * 128 < c->T ? ceil_div(count, 128) * 128 : c->T;
+    int *row = (int *)die_alloc((size_t)T, sizeof *row, "a sample's row");
+    floatX *raw = (floatX *)die_alloc((size_t)c->Vp, sizeof *raw, "a sample's logits");
+    for (int t = 0; t < T; t++) row[t] = t < count ? tokens[t] : c->bos;
+    feed_put(&m->feed, m->slots - 1, row, NULL, 1, T);
+    DeviceBatch b = feed_get(&m->feed, m->slots - 1, m->stream);
+    trunk_forward(m, &b, phase);
+    const MatmulEpilogue store = {MATMUL_STORE};
+    matmul_forward(&m->matmul, m->a.logits, matmul_operand(m->a.hf + (size_t)(count - 1) * c->C),
+                   matmul_operand(m->w.lm_head), store, 1, c->C, c->Vp, m->stream);
+    CUDA_CHECK(cudaMemcpyAsync(raw, m->a.logits, (size_t)c->Vp * sizeof *raw,
+                               cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    for (int v = 0; v < c->V; v++) logits[v] = (float)(15 * tanh((double)(float)raw[v] / 15));
+    free(row), free(raw);
+}
+
+// =============================================================================================
+// Memory: what the model takes, gives back, shows and exchanges with saves.
+
+// Tokens at once, when --micro-batch does not say: 11 C L numbers of 2 bytes a token within 28 GB,
+// so that an 80 GB GPU holds them beside a model of depth 24.
+static int64_t model_micro_tokens(const Config *c) {
+    int64_t most = (int64_t)(28e9 / (22.0 * c->C * c->L));
+    return most < 131072 ? most : 131072;
+}
+
+static void model_require(const Config *c) {
+    if (sizeof(floatX) == 2 && c->D != 64 && c->D != 128)
+        die(EXIT_USAGE,
+            "--channels %d, --heads %d: found heads of %d, expected 64 or 128 (the BF16 build's "
+            "attention); choose --heads, or build with PRECISION=FP32",
+            c->C, c->H, c->D);
+}
+
+static void upload(void *device, const void *host, size_t bytes) {
+    CUDA_CHECK(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice));
+}
+
+static void *pinned(size_t bytes, const char *what) {
+    void *p = NULL;
+    if (cudaHostAlloc(&p, bytes, cudaHostAllocDefault) != cudaSuccess)
+        die(EXIT_DEVICE, "pinned memory for %s: needed %zu bytes, found too little", what, bytes);
+    return p;
+}
+
+// Gives the norms of the gradients their places: each tensor's chunks, one behind the other.
+static void norms_init(Model *m) {
+    int count = m->table.count, chunks = 0;
+    m->host_chunk = (int *)die_alloc((size_t)count + 1, sizeof(int), "chunks of gradients");
+    for (int i = 0; i < count; i++) {
+        m->host_chunk[i] = chunks;
+        chunks += grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
+    }
+    m->host_chunk[count] = chunks;
+    const char *what = "the norms of the gradients";
+    m->first_chunk = (int *)gpu_alloc(&m->gpu, ((size_t)count + 1) * sizeof(int), what);
+    m->norm_partial = (double *)gpu_alloc(&m->gpu, (size_t)chunks * sizeof(double), what);
+    m->tensor_norm = (double *)gpu_alloc(&m->gpu, (size_t)count * sizeof(double), what);
+    upload(m->first_chunk, m->host_chunk, ((size_t)count + 1) * sizeof(int));
+    m->block_final = (cudaEvent_t *)die_alloc((size_t)m->table.blocks, sizeof(cudaEvent_t), "events");
+    for (int i = 0; i < m->table.blocks; i++)
+        CUDA_CHECK(cudaEventCreateWithFlags(&m->block_final[i], cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventCreateWithFlags(&m->norms_done, cudaEventDisableTiming));
+}
+
+static void rotary_init(Model *m) {
+    int T = m->cfg.T, D = m->cfg.D;
+    size_t bytes = (size_t)T * (size_t)(D / 2) * sizeof(float);
+    float *cosine = (float *)die_alloc(1, bytes, "rotary angles");
+    float *sine = (float *)die_alloc(1, bytes, "rotary angles");
+    rope_init(cosine, sine, T, D);
+    m->cosine = (float *)gpu_alloc(&m->gpu, bytes, "rotary angles");
+    m->sine = (float *)gpu_alloc(&m->gpu, bytes, "rotary angles");
+    upload(m->cosine, cosine, bytes), upload(m->sine, sine, bytes);
+    free(cosine), free(sine);
+}
+
+static void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed,
+                       bool test_init) {
+    Phase phase = phase_at(plan, cfg, 0);
+    memset(m, 0, sizeof *m);
+    m->cfg = *cfg;
+    model_require(cfg);
+    gpu_init(&m->gpu);
+    CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaStreamCreateWithFlags(&m->norms, cudaStreamNonBlocking));
+    m->trace.stream = m->stream;
+    table_init(&m->table, cfg);
+    matmul_init(&m->matmul, &m->gpu);
+
+    size_t arena = m->table.numel * sizeof(float), second = m->table.state_numel * sizeof(float);
+    m->masters = (float *)gpu_alloc(&m->gpu, arena, "the parameters");
+    m->grads = (float *)gpu_alloc(&m->gpu, arena, "the gradients");
+    m->first = (float *)gpu_alloc(&m->gpu, arena, "the optimizer's first state");
+    m->second = (float *)gpu_alloc(&m->gpu, second, "the optimizer's second state");
+    CUDA_CHECK(cudaMemset(m->grads, 0, arena));
+    CUDA_CHECK(cudaMemset(m->first, 0, arena));
+    CUDA_CHECK(cudaMemset(m->second, 0, second));
+    m->weights = sizeof(floatX) == sizeof(float)
+                     ? (floatX *)m->masters
+                     : (floatX *)gpu_alloc(&m->gpu, m->table.numel * sizeof(floatX), "the weights");
+    m->w = views_of(&m->table, cfg, m->weights, m->masters);
+    m->dw = views_of(&m->table, cfg, m->grads, m->grads);
+    muon_init(&m->muon, &m->gpu, &m->table, MUON_SCRATCH);
+    m->step = (StepState *)gpu_alloc(&m->gpu, sizeof *m->step, "the step's numbers");
+    m->host_step = (StepState *)pinned(sizeof *m->step, "the step's numbers");
+    norms_init(m);
+    rotary_init(m);
+
+    int rows = phase.micro_rows;
+    m->max_tokens = (size_t)rows * (size_t)phase.T;
+    size_t bytes = activations_layout(&m->a, cfg, (int)m->max_tokens, NULL);
+    m->activations = gpu_alloc(&m->gpu, bytes, "the activations");
+    activations_layout(&m->a, cfg, (int)m->max_tokens, (char *)m->activations);
+    m->slots = (int)phase.micro_steps + 2;
+    feed_init(&m->feed, &m->gpu, cfg, rows, phase.T, m->slots);
+    m->host_losses = (float *)pinned(m->max_tokens * sizeof(float), "validation's losses");
+
+    ModelState state = {(float *)die_alloc(m->table.numel, sizeof(float), "the parameters"), NULL,
+                        NULL};
+    table_fill(&m->table, state.params, seed, test_init);
+    model_upload(m, state);
+    model_state_free(m, state);
+}
+
+static void model_free(Model *m) {
+    void *device[] = {m->masters, m->grads,        m->first,       m->second,      m->step,
+                      m->cosine,  m->norm_partial, m->tensor_norm, m->first_chunk, m->activations,
+                      m->sine,    sizeof(floatX) == sizeof(float) ? NULL : m->weights};
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++) CUDA_CHECK(cudaFree(device[i]));
+    for (int i = 0; i < m->table.blocks; i++) CUDA_CHECK(cudaEventDestroy(m->block_final[i]));
+    CUDA_CHECK(cudaEventDestroy(m->norms_done));
+    CUDA_CHECK(cudaFreeHost(m->host_step));
+    CUDA_CHECK(cudaFreeHost(m->host_losses));
+    feed_free(&m->feed);
+    muon_free(&m->muon);
+    matmul_free(&m->matmul);
+    CUDA_CHECK(cudaStreamDestroy(m->stream));
+    CUDA_CHECK(cudaStreamDestroy(m->norms));
+    free(m->block_final), free(m->host_chunk);
+    table_free(&m->table);
+}
+
+static int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
+    Phase phase = phase_at(plan, c, 0);
+    Table table;
+    Activations a;
+    model_require(c);
+    table_init(&table, c);
+    double arena = (double)table.numel * sizeof(float);
+    DescribeMemory list[] = {
+        {"masters (FP32)", arena},
+        {"weights (BF16)", sizeof(floatX) == 2 ? arena / 2 : 0},
+        {"gradients", arena},
+        {"optimizer, first state", arena},
+        {"optimizer, second state", (double)table.state_numel * sizeof(float)},
+        {"Muon's scratch", (double)muon_bytes(&table, MUON_SCRATCH)},
+        {"activations of a micro-batch",
+         (double)activations_layout(&a, c, phase.micro_rows * phase.T, NULL)},
+    };
+    int count = sizeof list / sizeof *list;
+    memcpy(rows, list, sizeof list);
+    table_free(&table);
+    return count;
+}
+
+// Peak of the tensor cores, dense BF16, by the vendor's datasheets; 0: not known, no MFU.
+static double peak_flops(const Gpu *g) {
+    if (sizeof(floatX) != 2) return 0;
+    if (g->major == 8 && g->minor == 0) return 312e12;  // A100
+    return g->major == 9 ? 989e12 : 0;                  // H100, H200
+}
+
+static ModelFacts model_facts(const Model *m) {
+    size_t left = 0, all = 0;
+    CUDA_CHECK(cudaMemGetInfo(&left, &all));
+    ModelFacts facts = {"train_gpt2cu (" PRECISION_NAME ")", m->gpu.name, peak_flops(&m->gpu),
+                        all - left};
+    return facts;
+}
+
+static ModelState model_download(Model *m) {
+    size_t numel = m->table.numel, second = m->table.state_numel;
+    ModelState state = {(float *)die_alloc(numel, sizeof(float), "a save's parameters"),
+                        (float *)die_alloc(numel, sizeof(float), "a save's first state"),
+                        (float *)die_alloc(second, sizeof(float), "a save's second state")};
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    CUDA_CHECK(cudaMemcpy(state.params, m->masters, numel * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(state.first, m->first, numel * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(state.second, m->second, second * sizeof(float), cudaMemcpyDeviceToHost));
+    return state;
+}
+
+// The states may be NULL: then they stay. The working weights follow the masters.
+static void model_upload(Model *m, ModelState state) {
+    upload(m->masters, state.params, m->table.numel * sizeof(float));
+    if (state.first) upload(m->first, state.first, m->table.numel * sizeof(float));
+    if (state.second) upload(m->second, state.second, m->table.state_numel * sizeof(float));
+    if (sizeof(floatX) != sizeof(float))
+        weights_round(m->weights, m->masters, m->table.numel, m->stream);
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+}
+
+static void model_state_free(Model *m, ModelState state) {
+    (void)m;
+    free(state.params), free(state.first), free(state.second);
+}
+
+int main(int argc, char **argv) { return run_main(argc, argv); }
