@@ -11,11 +11,11 @@
 //     x = x - backout_lambda x_middle           the stream as it left layer L/2
 //     logits = 15 tanh(N(x) lm_head^T / 15),    loss = mean cross entropy
 //
-// The file runs: operations, model, forward and backward, optimizer, evaluation and samples, saves,
-// dump, the run. Backward passes are written by hand, below their forward pass; dy is the gradient
-// of the loss with respect to y. Matrix products (llmc/matmul.h) are blocked FP32; norms, softmax,
-// loss and dot products sum in double. Threads share out independent outputs only, so the bits of
-// a run do not depend on their number.
+// The file runs: operations, model, forward and backward, optimizer, a whole step. Backward passes
+// are written by hand, below their forward pass; dy is the gradient of the loss with respect to y.
+// Matrix products (llmc/matmul.h) are blocked FP32; norms, softmax, loss and dot products sum in
+// double. Threads share out independent outputs only, so the bits of a run do not depend on their
+// number. What is around the model (flags, data, evaluation, samples, saves, log) is llmc/run.h's.
 //
 // Leaves out: dropout, biases, learned norms, a key-value cache (a sample recomputes its row).
 #include <assert.h>
@@ -26,18 +26,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "llmc/checkpoint.h"  // ckpt_save, ckpt_find, ckpt_load, ckpt_prune
-#include "llmc/dataloader.h"  // loader_init, loader_next, loader_val_next, loader_state
-#include "llmc/describe.h"    // describe_model, describe_table, describe_plan
-#include "llmc/die.h"         // die, die_alloc, warn
-#include "llmc/flags.h"       // Flags, flags_parse
-#include "llmc/logger.h"      // log_open, log_row, log_write_run
+#include "llmc/dataloader.h"  // loader_next, loader_origin, loader_state
+#include "llmc/die.h"         // die_alloc
+#include "llmc/flags.h"       // Flags
 #include "llmc/matmul.h"      // matmul_forward, matmul_dgrad, matmul_wgrad
 #include "llmc/model.h"       // Config, Table, table_init, table_fill
-#include "llmc/sampler.h"     // sampler_pick
-#include "llmc/schedule.h"    // Plan, plan_group, schedule_at
-#include "llmc/sketch.h"      // sketch_compute
-#include "llmc/tokenizer.h"   // tokenizer_init, tokenizer_encode, tokenizer_decode
+#include "llmc/run.h"         // run_main; declares the model_ functions that this file defines
+#include "llmc/schedule.h"    // Plan, Phase, plan_group, schedule_at
 
 // =============================================================================================
 // Operations, in the order of the computation.
@@ -551,6 +546,7 @@ typedef struct {
     float *relu2, *dfc;              // (n, F) each
     double *losses;                  // (n): nats of each target
     double *partial;                 // (n, H): sums of one token, before they are added in order
+    int *inputs, *targets;           // (n) each
     int *doc_start;                  // (n)
 } Activations;
 
@@ -562,10 +558,9 @@ typedef struct {
     float *a, *a2;       // (side, side) each: A, and b A + c A^2
 } MuonScratch;
 
-typedef struct {
+struct Model {
     Config cfg;
     Table table;
-    int B;                   // rows of a micro-batch
     float *params, *grads;   // (table.numel) each
     float *state1, *state2;  // (table.numel), (table.state_numel): the optimizer's
     Weights w, dw;           // views of params and grads
@@ -574,7 +569,7 @@ typedef struct {
     MuonScratch muon;
     float *scratch;        // the memory behind muon
     float *cosine, *sine;  // (T, D/2) each
-} Model;
+};
 
 static Weights weights_view(const Table *t, const Config *c, float *arena) {
     Weights w;
@@ -610,7 +605,8 @@ static size_t activations_layout(Activations *a, const Config *c, int B, char *m
         {&a->hf, n * C, 4}, {&a->rf, n, 4}, {&a->logits, HEAD_ROWS * (size_t)c->V, 4},
         {&a->x, n * C, 4}, {&a->dh, n * C, 4}, {&a->dx, n * C, 4}, {&a->dx0, n * C, 4},
         {&a->dxb, n * C, 4}, {&a->dqkv, n * 3 * C, 4}, {&a->relu2, n * F, 4}, {&a->dfc, n * F, 4},
-        {&a->losses, n, 8}, {&a->partial, n * H, 8}, {&a->doc_start, n, 4},
+        {&a->losses, n, 8}, {&a->partial, n * H, 8},
+        {&a->inputs, n, 4}, {&a->targets, n, 4}, {&a->doc_start, n, 4},
     };
     // clang-format on
     size_t at = 0;
@@ -638,10 +634,36 @@ static size_t muon_layout(MuonScratch *s, const Table *t, float *memory) {
     return 2 * (largest + square);
 }
 
-// Allocates everything and fills the parameters; model_free releases it. B: rows of a micro-batch.
-static void model_init(Model *m, const Config *cfg, int B, uint32_t seed, bool test_init) {
+// A micro-batch of some 8192 tokens keeps the matmuls busy.
+int model_micro_tokens(const Config *cfg) {
+    (void)cfg;
+    return 8192;
+}
+
+int model_memory(DescribeMemory *rows, const Config *cfg, const Plan *plan) {
+    Table table;
+    Activations a;
+    MuonScratch muon;
+    table_init(&table, cfg);
+    double arena = (double)table.numel * sizeof(float);
+    DescribeMemory all[] = {
+        {"parameters", arena},
+        {"gradients", arena},
+        {"optimizer, first state", arena},
+        {"optimizer, second state", (double)table.state_numel * sizeof(float)},
+        {"Muon's scratch", (double)muon_layout(&muon, &table, NULL) * sizeof(float)},
+        {"activations of a micro-batch",
+         (double)activations_layout(&a, cfg, plan->micro_rows, NULL)},
+    };
+    memcpy(rows, all, sizeof all);
+    table_free(&table);
+    return sizeof all / sizeof *all;
+}
+
+void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
+    int B = plan->micro_rows;
     memset(m, 0, sizeof *m);
-    m->cfg = *cfg, m->B = B;
+    m->cfg = *cfg;
     table_init(&m->table, cfg);
     size_t numel = m->table.numel;
     m->params = die_alloc(numel, sizeof(float), "the parameters; lower --depth");
@@ -662,17 +684,32 @@ static void model_init(Model *m, const Config *cfg, int B, uint32_t seed, bool t
     table_fill(&m->table, m->params, seed, test_init);
 }
 
-static void model_free(Model *m) {
+void model_free(Model *m) {
     free(m->params), free(m->grads), free(m->state1), free(m->state2);
     free(m->activations), free(m->scratch), free(m->cosine), free(m->sine);
     table_free(&m->table);
 }
 
+ModelFacts model_facts(const Model *m) {
+    (void)m;
+    ModelFacts facts = {"train_gpt2 (CPU, FP32)", "CPU", 0, 0};
+    return facts;
+}
+
+// The arenas themselves.
+ModelState model_download(Model *m) {
+    ModelState state = {m->params, m->state1, m->state2};
+    return state;
+}
+void model_upload(Model *m, ModelState state) { (void)m, (void)state; }
+void model_state_free(Model *m, ModelState state) { (void)m, (void)state; }
+
 // =============================================================================================
 // Forward and backward.
 
 // From tokens to the head's input a->hf. B and T may be smaller than the model was made for.
-static void trunk_forward(Model *m, const int *idx /* (B, T) */, int B, int T) {
+static void trunk_forward(Model *m, const int *idx /* (B, T) */, int B, int T,
+                          const int *window /* (L) */) {
     const Config *c = &m->cfg;
     const Weights *w = &m->w;
     Activations *a = &m->a;
@@ -696,7 +733,7 @@ static void trunk_forward(Model *m, const int *idx /* (B, T) */, int B, int T) {
             value_embed_forward(qkv + 2 * C, a->gate + i * n * H, h1, w->layer[i].ve_gate,
                                 w->layer[i].value_embed, idx, n, H, D);
         qk_forward(qkv, a->qk_r + i * n * 2 * H, m->cosine, m->sine, B, T, H, D);
-        attention_forward(att, a->lse + i * n * H, qkv, a->doc_start, c->window[i], B, T, H, D);
+        attention_forward(att, a->lse + i * n * H, qkv, a->doc_start, window[i], B, T, H, D);
         matmul_forward(x_out, att, w->layer[i].wo, n, C, C);
         add_forward(a->x, x_out, n * C);
         norm_forward(h2, a->r2 + i * n, a->x, n, C);
@@ -734,11 +771,11 @@ static double head_loss(Model *m, const int *targets, int64_t n, double grad_sca
 
 // One layer's backward: a->dx comes in as the gradient of the stream that leaves layer i, and goes
 // out as that of the stream that enters it. Each step undoes the line of trunk_forward it names.
-static void layer_backward(Model *m, const int *idx, int i, int B, int T) {
+static void layer_backward(Model *m, const int *idx, int i, const Phase *phase) {
     const Config *c = &m->cfg;
     const Weights *w = &m->w, *dw = &m->dw;
     Activations *a = &m->a;
-    int C = c->C, H = c->H, D = c->D, F = c->F;
+    int B = phase->micro_rows, T = phase->T, C = c->C, H = c->H, D = c->D, F = c->F;
     int64_t n = (int64_t)B * T;
     const float *h1 = a->h1 + i * n * C, *h2 = a->h2 + i * n * C, *qkv = a->qkv + i * n * 3 * C;
     const float *att = a->att + i * n * C, *fc = a->fc + i * n * F;
@@ -754,8 +791,8 @@ static void layer_backward(Model *m, const int *idx, int i, int B, int T) {
     // x += att wo^T
     matmul_wgrad(dw->layer[i].wo, a->dx, att, n, C, C);
     matmul_dgrad(a->dh, a->dx, w->layer[i].wo, n, C, C);
-    attention_backward(a->dqkv, a->dh, att, a->lse + i * n * H, qkv, a->doc_start, c->window[i], B,
-                       T, H, D);
+    attention_backward(a->dqkv, a->dh, att, a->lse + i * n * H, qkv, a->doc_start, phase->window[i],
+                       B, T, H, D);
     qk_backward(a->dqkv, qkv, a->qk_r + i * n * 2 * H, m->cosine, m->sine, B, T, H, D);
     // qkv = h1 wqkv^T, and v += gate * value_embed[idx]
     matmul_wgrad(dw->layer[i].wqkv, a->dqkv, h1, n, C, 3 * C);
@@ -772,11 +809,11 @@ static void layer_backward(Model *m, const int *idx, int i, int B, int T) {
 }
 
 // From a->dh, the gradient of the head's input, to all gradients, which are added to.
-static void trunk_backward(Model *m, const int *idx /* (B, T) */, int B, int T) {
+static void trunk_backward(Model *m, const int *idx /* (B, T) */, const Phase *phase) {
     const Config *c = &m->cfg;
     const Weights *w = &m->w, *dw = &m->dw;
     Activations *a = &m->a;
-    int C = c->C;
+    int B = phase->micro_rows, T = phase->T, C = c->C;
     int64_t n = (int64_t)B * T;
     norm_backward(a->dx, a->dh, a->hf, a->rf, n, C, false);
     bool backout = config_has_backout(c);
@@ -786,7 +823,7 @@ static void trunk_backward(Model *m, const int *idx /* (B, T) */, int B, int T) 
     memset(a->dx0, 0, sizeof(float) * (size_t)(n * C));
     for (int i = c->L - 1; i >= 0; i--) {
         if (backout && i == c->L / 2) add_forward(a->dx, a->dxb, n * C);
-        layer_backward(m, idx, i, B, T);
+        layer_backward(m, idx, i, phase);
     }
     add_forward(a->dx0, a->dx, n * C);  // the first layer's x_in is x0
     smear_backward(a->dx, dw->smear_gate, dw->smear_lambda, a->dx0, a->embed, a->smear,
@@ -795,16 +832,30 @@ static void trunk_backward(Model *m, const int *idx /* (B, T) */, int B, int T) 
     embed_backward(dw->wte, a->dx, idx, n, C);
 }
 
-// Forward and backward of one micro-batch; gradients are added to. Returns the sum of the targets'
-// nats. step_targets: targets of the whole step, whose mean loss is what is differentiated.
+// Forward and backward of one micro-batch; gradients of the mean loss of the whole step are added
+// to. Returns the sum of the targets' nats.
 static double model_accumulate(Model *m, const int *inputs /* (B, T) */,
-                               const int *targets /* (B, T) */, int B, int64_t step_targets,
+                               const int *targets /* (B, T) */, const Phase *phase,
                                float *keep_logits) {
-    int T = m->cfg.T;
-    trunk_forward(m, inputs, B, T);
-    double sum = head_loss(m, targets, (int64_t)B * T, 1.0 / (double)step_targets, keep_logits);
-    trunk_backward(m, inputs, B, T);
+    int B = phase->micro_rows, T = phase->T;
+    trunk_forward(m, inputs, B, T, phase->window);
+    double sum = head_loss(m, targets, (int64_t)B * T, 1.0 / (double)phase->batch, keep_logits);
+    trunk_backward(m, inputs, phase);
     return sum;
+}
+
+void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
+                  const Phase *phase, double *losses) {
+    trunk_forward(m, inputs, rows, T, phase->window);
+    head_loss(m, targets, (int64_t)rows * T, 0, NULL);
+    memcpy(losses, m->a.losses, sizeof *losses * (size_t)rows * (size_t)T);
+}
+
+void model_logits(Model *m, const int *tokens, int count, const Phase *phase, float *logits) {
+    int C = m->cfg.C, V = m->cfg.V;
+    trunk_forward(m, tokens, 1, count, phase->window);
+    matmul_forward(logits, m->a.hf + (int64_t)(count - 1) * C, m->w.lm_head, 1, C, V);
+    softcap_forward(logits, V);
 }
 
 // =============================================================================================
@@ -982,423 +1033,47 @@ static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it,
 }
 
 // =============================================================================================
-// The run: what the program holds besides the model.
+// A whole step, and the program.
 
-typedef struct {
-    Arg table[FLAGS_COUNT];
-    Flags flags;
-    Tokenizer tokenizer;
-    bool has_tokenizer;
-    bool bestfit, keep_tails, test_init;  // --packing, --tails, --init
-    Config cfg;
-    Plan plan;
-    Model model;
-    Loader loader;          // of --train
-    LoaderVal val;          // of --val, when it is given
-    Logger log;             // of --out, when it is given
-    int *inputs, *targets;  // (B, T) each
-    int64_t step;           // updates done
-    int64_t tokens;         // tokens trained on in them
-    char *flags_text;       // the flags that were given, on one line
-} Run;
-
-// Everything that flags decide, before memory is taken or data opened.
-static void run_configure(Run *r, int argc, char **argv) {
-    memset(r, 0, sizeof *r);
-    flags_parse(&r->flags, r->table, argc, argv);
-    const Flags *f = &r->flags;
-    r->bestfit = flags_choice("packing", f->packing, "bestfit stream") == 0;
-    r->keep_tails = flags_choice("tails", f->tails, "keep drop") == 0;
-    r->test_init = flags_choice("init", f->init, "default test") == 1;
-    r->flags_text = args_line(r->table, FLAGS_COUNT);
-    r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
-    if (r->has_tokenizer)
-        tokenizer_init(&r->tokenizer, f->tokenizer);
-    else if (*f->prompt)
-        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
-    r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
-                               r->has_tokenizer ? r->tokenizer.bos : -1);
-    r->plan = plan_from_flags(f, &r->cfg, 1);
+// Notes the first row of a micro-batch whose loss is not finite, and where it came from.
+static void find_bad_row(StepResult *s, const double *losses /* (B, T) */, const Loader *l,
+                         const Phase *phase, int64_t micro) {
+    int64_t t = 0, n = (int64_t)phase->micro_rows * phase->T;
+    while (t < n && isfinite(losses[t])) t++;
+    if (t == n) return;
+    s->bad_row = micro * phase->micro_rows + t / phase->T;
+    s->origin = loader_origin(l, (int)(t / phase->T));
 }
 
-// --dry-run.
-static void run_describe(const Run *r) {
-    Table table;
-    Activations a;
-    table_init(&table, &r->cfg);
-    double arena = (double)table.numel * sizeof(float);
-    MuonScratch muon;
-    DescribeMemory memory[] = {
-        {"parameters", arena},
-        {"gradients", arena},
-        {"optimizer, first state", arena},
-        {"optimizer, second state", (double)table.state_numel * sizeof(float)},
-        {"Muon's scratch", (double)muon_layout(&muon, &table, NULL) * sizeof(float)},
-        {"activations of a micro-batch",
-         (double)activations_layout(&a, &r->cfg, r->plan.micro_rows, NULL)},
-    };
-    args_echo(stdout, r->table, FLAGS_COUNT, true);
-    describe_model(stdout, &r->cfg);
-    describe_table(stdout, &table, &r->plan, &r->flags, &r->cfg);
-    describe_memory(stdout, memory, sizeof memory / sizeof *memory);
-    describe_plan(stdout, &r->plan, &r->flags, &r->cfg);
-    table_free(&table);
-}
-
-// --- saves -------------------------------------------------------------------------------------
-
-// The tensors of a save, in the table's order: parameters, or the optimizer's two states of each.
-// Returns their number; *out is the caller's to free.
-static int run_tensors(const Run *r, bool optimizer, StTensor **out) {
-    const Model *m = &r->model;
-    int n = 0;
-    *out = die_alloc((size_t)m->table.count * 2, sizeof **out, "the list of tensors");
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *x = &m->table.tensor[i];
-        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols};
-        const uint64_t *dims = x->ndim == 2 ? shape : shape + 1;
-        if (!optimizer) {
-            (*out)[n++] = st_tensor(x->name, ST_F32, x->ndim, dims, m->params + x->offset);
-            continue;
-        }
-        char name[64];
-        snprintf(name, sizeof name, "%s.first", x->name);
-        (*out)[n++] = st_tensor(name, ST_F32, x->ndim, dims, m->state1 + x->offset);
-        snprintf(name, sizeof name, "%s.second", x->name);
-        uint64_t count = x->state_count;
-        (*out)[n++] = st_tensor(name, ST_F32, 1, &count, m->state2 + x->state);
+StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
+                      const Flags *flags, int64_t step, StepTrace *trace) {
+    int64_t tokens = (int64_t)phase->micro_rows * phase->T;
+    StepResult s;
+    memset(&s, 0, sizeof s);
+    s.bad_row = -1;
+    memset(m->grads, 0, m->table.numel * sizeof(float));
+    for (int64_t micro = 0; micro < phase->micro_steps; micro++) {
+        int *inputs = trace ? trace->tokens + micro * tokens : m->a.inputs;
+        int *targets = trace ? trace->targets + micro * tokens : m->a.targets;
+        loader_next(loader, inputs, targets, phase->micro_rows);
+        if (micro == 0) s.origin = loader_origin(loader, 0);
+        double sum = model_accumulate(m, inputs, targets, phase,
+                                      trace ? trace->logits + micro * tokens * m->cfg.V : NULL);
+        s.loss += sum;
+        if (!isfinite(sum) && s.bad_row < 0) find_bad_row(&s, m->a.losses, loader, phase, micro);
     }
-    return n;
-}
-
-// Returns false, with a warning, when the step could not be saved.
-static bool run_save(Run *r) {
-    StTensor *params, *states;
-    int n = run_tensors(r, false, &params), k = run_tensors(r, true, &states);
-    LoaderState at = loader_state(&r->loader);
-    CkptMeta meta;
-    memset(&meta, 0, sizeof meta);
-    meta.step = r->step, meta.tokens = r->tokens;
-    meta.loader_seed = at.seed, meta.loader_epoch = at.epoch;
-    meta.loader_row = at.row, meta.loader_fingerprint = at.fingerprint;
-    ckpt_note(&meta, "flags", r->flags_text);
-    ckpt_note(&meta, "shards", loader_describe(&r->loader));
-    bool saved = ckpt_save(r->flags.out, &meta, params, n, states, k) == 0;
-    if (!saved)
-        warn("step %lld is not saved, training goes on: %s", (long long)r->step, io_error);
-    else if (ckpt_prune(r->flags.out, r->flags.keep, r->flags.keep_every))
-        warn("old saves are not removed: %s", io_error);
-    free(params), free(states);
-    return saved;
-}
-
-// --resume: parameters, optimizer, place in the data and step of a save, when there is one.
-static void run_resume(Run *r) {
-    char folder[IO_PATH_MAX];
-    if (!*r->flags.resume || !ckpt_find(r->flags.out, r->flags.resume, folder)) return;
-    StTensor *params, *states;
-    int n = run_tensors(r, false, &params), k = run_tensors(r, true, &states);
-    CkptMeta meta;
-    ckpt_load(folder, &meta, params, n, states, k);
-    LoaderState at = {meta.loader_seed, meta.loader_epoch, meta.loader_row,
-                      meta.loader_fingerprint};
-    loader_restore(&r->loader, at, ckpt_find_note(&meta, "shards"));
-    r->step = meta.step, r->tokens = meta.tokens;
-    printf("resumed from %s: %lld steps, %lld tokens\n", folder, (long long)r->step,
-           (long long)r->tokens);
-    if (r->step > r->plan.steps)
-        die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder,
-            (long long)r->step, (long long)r->plan.steps);
-    ckpt_meta_free(&meta);
-    free(params), free(states);
-}
-
-// Makes --out, and sees that it holds no save of a later step than the one this run begins at: the
-// newest counts, and --keep removes the oldest, so the run would lose its own saves. (After
-// --resume auto only damaged ones can be newer.)
-static void run_prepare_out(const Run *r) {
-    CkptEntry *saves = NULL;
-    if (!*r->flags.out) return;
-    if (io_make_dir(r->flags.out)) die(EXIT_USAGE, "--out: %s", io_error);
-    if (!strcmp(r->flags.resume, "auto")) return;
-    int count = ckpt_list(r->flags.out, &saves);
-    if (count < 0) die(EXIT_CHECKPOINT, "--out: cannot look for saves: %s", io_error);
-    if (count > 0 && saves[0].step > r->step)
-        die(EXIT_USAGE,
-            "--out: found the save %s, expected none behind step %lld, where this run begins; go "
-            "on with --resume auto, or choose another folder",
-            saves[0].path, (long long)r->step);
-    free(saves);
-}
-
-// --- validation and samples --------------------------------------------------------------------
-
-typedef struct {
-    double loss, bits_per_byte;
-} Validation;
-
-// Mean loss over the targets of --val-tokens, and bits per byte: the nats of targets other than BOS
-// over ln 2 times their bytes. NaN where there is no --val, or no tokenizer to count bytes.
-static Validation run_validate(Run *r) {
-    double nats = 0, text_nats = 0;
-    int64_t count = 0, bytes = 0, T = r->cfg.T;
-    if (!*r->flags.val) return (Validation){NAN, NAN};
-    loader_val_rewind(&r->val);
-    while (loader_val_more(&r->val)) {
-        int rows = loader_val_next(&r->val, r->inputs, r->targets, r->plan.micro_rows);
-        trunk_forward(&r->model, r->inputs, rows, (int)T);
-        head_loss(&r->model, r->targets, rows * T, 0, NULL);
-        for (int64_t t = 0; t < rows * T; t++) {
-            nats += r->model.a.losses[t];
-            if (r->targets[t] == r->cfg.bos || !r->has_tokenizer) continue;
-            text_nats += r->model.a.losses[t];
-            bytes += tokenizer_byte_count(&r->tokenizer, r->targets[t]);
-        }
-        count += rows * T;
-    }
-    return (Validation){nats / (double)count, bytes ? text_nats / (log(2) * (double)bytes) : NAN};
-}
-
-// Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text.
-// Each token costs a forward pass over the last T: short, and it tests the very code that trains.
-static void run_sample(Run *r) {
-    const Flags *f = &r->flags;
-    int T = r->cfg.T, V = r->cfg.V, C = r->cfg.C;
-    TokenList list = {NULL, 0, 0};
-    if (!r->has_tokenizer || !f->sample_tokens) return;
-    tokenizer_append(&list, (uint32_t)r->cfg.bos);
-    tokenizer_encode(&r->tokenizer, f->prompt, strlen(f->prompt), &list);
-    RandKey key = {(uint32_t)f->seed, (uint32_t)r->step, RAND_SAMPLE};
-    printf("sample: %s", f->prompt);
-    for (int i = 0; i < f->sample_tokens; i++) {
-        int count = list.count < (size_t)T ? (int)list.count : T;
-        for (int t = 0; t < count; t++) r->inputs[t] = list.ids[list.count - (size_t)(count - t)];
-        trunk_forward(&r->model, r->inputs, 1, count);
-        matmul_forward(r->model.a.logits, r->model.a.hf + (int64_t)(count - 1) * C,
-                       r->model.w.lm_head, 1, C, V);
-        softcap_forward(r->model.a.logits, V);
-        int next = sampler_pick(r->model.a.logits, V, f->temperature, f->top_k,
-                                rand_uniform(key, (uint64_t)i));
-        if (next == r->cfg.bos) break;
-        size_t bytes;
-        const uint8_t *text = tokenizer_decode(&r->tokenizer, next, &bytes);
-        fwrite(text, 1, bytes, stdout);
-        tokenizer_append(&list, (uint32_t)next);
-    }
-    printf("\n");
-    free(list.ids);
-}
-
-// --- steps -------------------------------------------------------------------------------------
-
-// NaN or Inf must not reach the weights: ends the run before the update, names the first tensor.
-static void run_require_finite(const Run *r, double loss, double norm) {
-    if (isfinite(loss) && isfinite(norm)) return;
-    const Table *t = &r->model.table;
-    const char *where = "the loss";
-    for (int i = t->count - 1; i >= 0 && isfinite(loss); i--)
-        if (!isfinite(
-                sum_squares(r->model.grads + t->tensor[i].offset, tensor_numel(&t->tensor[i]))))
-            where = t->tensor[i].name;
-    LoaderOrigin from = loader_origin(&r->loader, 0);
-    die(EXIT_NONFINITE,
-        "step %lld: found loss %g and gradient norm %g, first in %s; the last micro-batch began in "
-        "%s at token %lld; the weights are as before the step",
-        (long long)r->step, loss, norm, where, from.path, (long long)from.token);
-}
-
-// Loss and gradients of the next batch. logits: (batch, V) for --dump, or NULL.
-static double run_accumulate(Run *r, int *all_inputs, int *all_targets, float *logits) {
-    const Plan *p = &r->plan;
-    int64_t tokens = (int64_t)p->micro_rows * r->cfg.T;
-    double sum = 0;
-    memset(r->model.grads, 0, r->model.table.numel * sizeof(float));
-    for (int64_t micro = 0; micro < p->micro_steps; micro++) {
-        int *inputs = all_inputs ? all_inputs + micro * tokens : r->inputs;
-        int *targets = all_targets ? all_targets + micro * tokens : r->targets;
-        loader_next(&r->loader, inputs, targets, p->micro_rows);
-        sum += model_accumulate(&r->model, inputs, targets, p->micro_rows, p->batch,
-                                logits ? logits + micro * tokens * r->cfg.V : NULL);
-    }
-    return sum / (double)p->batch;
-}
-
-// One update. Fills in the row's loss, norm and time.
-static void run_step(Run *r, LogRow *row) {
-    double start = log_seconds();
-    row->loss = run_accumulate(r, NULL, NULL, NULL);
-    row->grad_norm = model_grad_norm(&r->model);
-    run_require_finite(r, row->loss, row->grad_norm);
-    model_update(&r->model, &r->flags, &r->plan, r->step, row->grad_norm);
-    r->step++, r->tokens += r->plan.batch;
-    row->ms = 1e3 * (log_seconds() - start);
-    row->tok_per_s = 1e3 * (double)r->plan.batch / row->ms;
-}
-
-static bool due(int64_t step, int every) { return every > 0 && step % every == 0; }
-
-// The rest of the steps. Row s of the log is the state after s updates: its validation, if one is
-// due, and the loss of the batch that makes update s + 1. The last row has no loss.
-static void run_train(Run *r) {
-    const Flags *f = &r->flags;
-    bool saved = true;
-    for (bool last = false; !last;) {
-        last = r->step == r->plan.steps;
-        Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
-        LogRow row = log_row_init(r->step, r->tokens, (int64_t)loader_state(&r->loader).epoch,
-                                  now.lr, now.momentum, now.wd);
-        if (last || due(r->step, f->eval_every)) {
-            Validation v = run_validate(r);
-            row.val_loss = v.loss, row.val_bpb = v.bits_per_byte;
-        }
-        if (last || due(r->step, f->sample_every)) run_sample(r);
-        if (!last) run_step(r, &row);
-        log_row(&r->log, &row);
-        if (!last && *f->out && (r->step == r->plan.steps || due(r->step, f->save_every)))
-            saved = run_save(r);
-    }
-    if (!saved)
-        die(EXIT_CHECKPOINT, "step %lld, the last one, is not saved; the warning above says why",
-            (long long)r->step);
-}
-
-// --- dump --------------------------------------------------------------------------------------
-
-// The tensors of a dump, and the memory of the sketches among them.
-typedef struct {
-    StTensor *tensor;
-    double (*sketch)[SKETCH_SIZE];
-    int count;
-    bool sketches;
-} Dump;
-
-// Adds kind.name, a float tensor: whole, or its sketch as sketch.kind.name.
-static void dump_add(Dump *d, const char *kind, const char *name, int ndim, const uint64_t *shape,
-                     const float *data) {
-    char full[64];
-    uint64_t count = 1, size = SKETCH_SIZE;
-    for (int i = 0; i < ndim; i++) count *= shape[i];
-    snprintf(full, sizeof full, "%s%s%s%s", d->sketches ? "sketch." : "", kind, *name ? "." : "",
-             name);
-    if (d->sketches) {
-        sketch_compute(d->sketch[d->count], data, count);
-        d->tensor[d->count] = st_tensor(full, ST_F64, 1, &size, d->sketch[d->count]);
-    } else {
-        d->tensor[d->count] = st_tensor(full, ST_F32, ndim, shape, data);
-    }
-    d->count++;
-}
-
-static void dump_add_all(Dump *d, const char *kind, const Table *t, const float *arena) {
-    for (int i = 0; i < t->count; i++) {
-        const Tensor *x = &t->tensor[i];
-        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols};
-        dump_add(d, kind, x->name, x->ndim, x->ndim == 2 ? shape : shape + 1, arena + x->offset);
-    }
-}
-
-// --dump: one step, and everything that goes into it and comes out of it. NaN and Inf are written
-// as they are: a dump is for finding them.
-static void run_dump(Run *r) {
-    const Flags *f = &r->flags;
-    const Table *t = &r->model.table;
-    uint64_t batch = (uint64_t)r->plan.batch, V = (uint64_t)r->cfg.V, one = 1;
-    int *tokens = die_alloc(2 * batch, sizeof *tokens, "the tokens of a dump");
-    float *logits =
-        die_alloc(batch * V, sizeof *logits, "the logits of a dump; lower --batch-tokens");
-    float *before = die_alloc(t->numel, sizeof *before, "the parameters of a dump");
-    size_t room = 5 + 3 * (size_t)t->count;
-    Dump d = {die_alloc(room, sizeof(StTensor), "a dump"),
-              die_alloc(room, sizeof(double[SKETCH_SIZE]), "a dump"), 0, f->dump_sketch};
-    memcpy(before, r->model.params, t->numel * sizeof *before);
-    double loss = run_accumulate(r, tokens, tokens + batch, logits);
-    double norm = model_grad_norm(&r->model);
-    model_update(&r->model, f, &r->plan, r->step, norm);
-    uint64_t rows[2] = {batch / (uint64_t)r->cfg.T, (uint64_t)r->cfg.T},
-             logits_shape[2] = {batch, V};
-    d.tensor[d.count++] = st_tensor("tokens", ST_I32, 2, rows, tokens);
-    d.tensor[d.count++] = st_tensor("targets", ST_I32, 2, rows, tokens + batch);
-    d.tensor[d.count++] = st_tensor("loss", ST_F64, 1, &one, &loss);
-    d.tensor[d.count++] = st_tensor("grad_norm", ST_F64, 1, &one, &norm);
-    dump_add(&d, "logits", "", 2, logits_shape, logits);
-    dump_add_all(&d, "param", t, before);
-    dump_add_all(&d, "grad", t, r->model.grads);
-    dump_add_all(&d, "updated", t, r->model.params);
-    char step[24];
-    snprintf(step, sizeof step, "%lld", (long long)r->step);
-    JsonPair about[] = {{"flags", r->flags_text}, {"step", step}};
-    if (st_write(f->dump, d.tensor, d.count, about, 2)) die(EXIT_USAGE, "--dump: %s", io_error);
-    printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count,
-           (long long)r->step, loss, norm);
-    free(tokens), free(logits), free(before), free(d.tensor), free(d.sketch);
-}
-
-// --- from start to end -------------------------------------------------------------------------
-
-// Takes memory, opens the data, and goes to the save to resume from.
-static void run_open(Run *r) {
-    const Flags *f = &r->flags;
-    if (!*f->train)
-        die(EXIT_USAGE,
-            "--train: found nothing, expected token shards (build/tokenize makes them from text)");
-    if (*f->resume && !*f->out && !strcmp(f->resume, "auto"))
-        die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
-    RowsConfig rows = {f->train,   r->cfg.T,      r->cfg.V,         r->cfg.bos,
-                       r->bestfit, r->keep_tails, (uint64_t)f->seed};
-    loader_init(&r->loader, &rows, 0, 1);
-    if (*f->val)
-        loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
-                        f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
-    model_init(&r->model, &r->cfg, r->plan.micro_rows, (uint32_t)f->seed, r->test_init);
-    size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
-    r->inputs = die_alloc(tokens, sizeof(int), "tokens");
-    r->targets = die_alloc(tokens, sizeof(int), "tokens");
-    run_resume(r);
-}
-
-// log.csv and run.json in --out, and the first lines on stdout.
-static void run_log_open(Run *r) {
-    const Flags *f = &r->flags;
-    JsonPair facts[] = {{"program", "train_gpt2 (CPU, FP32)"},
-                        {"version", SPEEDRUN_VERSION},
-                        {"compiler", __VERSION__},
-                        {"flags", r->flags_text},
-                        {"shards", loader_describe(&r->loader)}};
-    log_open(&r->log, f->out, r->step, r->plan.steps);
-    if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts))
-        warn("run.json is not written: %s", io_error);
-    printf("train_gpt2 %s\n", r->flags_text);
-    printf("%zu parameters, matrix parameters P %.0f; %lld steps of %lld tokens, %lld tokens in "
-           "the shards\n",
-           r->model.table.params, config_matrix_params(&r->cfg), (long long)r->plan.steps,
-           (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);
-}
-
-static void run_close(Run *r) {
-    if (*r->flags.val) loader_val_free(&r->val);
-    if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
-    loader_free(&r->loader);
-    model_free(&r->model);
-    free(r->inputs), free(r->targets), free(r->flags_text);
-    args_free();
+    s.loss /= (double)phase->batch;
+    s.grad_norm = model_grad_norm(m);
+    s.at = loader_state(loader);
+    s.finite = isfinite(s.loss) && isfinite(s.grad_norm);
+    if (isfinite(s.loss) && !s.finite)
+        s.bad_tensor = table_find_nonfinite(&m->table, m->grads)->name;
+    if (trace) memcpy(trace->grads, m->grads, m->table.numel * sizeof(float));
+    if (s.finite) model_update(m, flags, plan, step, s.grad_norm);
+    return s;
 }
 
 int main(int argc, char **argv) {
-    static Run run;
-    run_configure(&run, argc, argv);
-    if (run.flags.dry_run) {
-        run_describe(&run);
-        return EXIT_OK;
-    }
-    run_open(&run);
-    if (*run.flags.dump) {
-        run_dump(&run);
-    } else {
-        run_prepare_out(&run);
-        run_log_open(&run);
-        run_train(&run);
-        log_close(&run.log);
-    }
-    run_close(&run);
-    return EXIT_OK;
+    static Model model;
+    return run_main(&model, argc, argv);
 }

@@ -244,7 +244,7 @@ static inline void loader_init(Loader *l, const RowsConfig *config, int rank, in
 
 static inline void loader_free(Loader *l) {
     loader_stop(l);
-    for (LoaderRow *row; (row = l->spare);) {
+    for (LoaderRow *row; (row = l->spare) != NULL;) {
         l->spare = row->next;
         free(row->plan.piece), free(row->tokens), free(row);
     }

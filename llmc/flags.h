@@ -51,7 +51,7 @@
     F(int64_t, INT64, batch_tokens, "batch-tokens", "0", 0, 1e12,                                \
       "tokens per update; 0: a power of two that suits the horizon")                             \
     F(int, INT, micro_batch, "micro-batch", "0", 0, 1 << 20,                                     \
-      "rows at once per rank; 0: as many as fit 8192 tokens")                                    \
+      "rows at once per rank; 0: within 8192 tokens (CPU), 131072 or 28 GB (GPU)")                \
     /* how long */                                                                               \
     F(int64_t, INT64, steps, "steps", "0", 0, 1e12,                                              \
       "updates; 0: from --tokens or --ratio")                                                    \
@@ -86,7 +86,7 @@
       "default, or test: every tensor random and non-zero")                                      \
     /* what comes out */                                                                         \
     F(const char *, STRING, out, "out", "", 0, 0,                                                \
-      "folder of the run: log.csv, run.json, ckpt/; none: nothing is written")                   \
+      "folder of log.csv, run.json, ckpt/ (a file STOP or SAVE in it is obeyed); none: no files") \
     F(const char *, STRING, resume, "resume", "", 0, 0,                                          \
       "auto (newest valid save in --out, or a fresh start) or a save's folder")                  \
     F(int, INT, save_every, "save-every", "0", 0, 1 << 30,                                       \

@@ -47,7 +47,6 @@ typedef struct {
     int64_t first, total;  // steps: where this process began, and of the whole run
     double started;        // seconds, monotonic
     uint64_t memory;       // bytes, for the line on stdout; 0: the process's peak
-    const char *mfu_note;  // what mfu counts and against which peak, or NULL
 } Logger;
 
 static inline LogRow log_row_init(int64_t step, int64_t tokens, int64_t epoch, double lr,
@@ -104,7 +103,7 @@ static inline const char *log_format_time(char text[24], double seconds) {
 // eta in seconds, memory in bytes. Columns keep their places from step to step; what the row does
 // not have (NaN) is left out.
 static inline size_t log_format_line(char line[LOG_LINE_MAX], const LogRow *r, int64_t total,
-                                     double eta, uint64_t memory, const char *mfu_note) {
+                                     double eta, uint64_t memory) {
     char time[24];
     int width = snprintf(NULL, 0, "%" PRId64, total);
     size_t n = log_add(line, 0, "step %*" PRId64 "/%" PRId64, width, r->step, total);
@@ -116,7 +115,6 @@ static inline size_t log_format_line(char line[LOG_LINE_MAX], const LogRow *r, i
     n = log_add(line, n, "  loss %9.6f  norm %8.4f  lr %7.4g", r->loss, r->grad_norm, r->lr);
     n = log_add(line, n, "  %8.1f ms  %8.0f tok/s", r->ms, r->tok_per_s);
     if (!isnan(r->mfu)) n = log_add(line, n, "  mfu %4.1f%%", 100 * r->mfu);
-    if (!isnan(r->mfu) && mfu_note) n = log_add(line, n, " (%s)", mfu_note);
     n = log_add(line, n, "  %5.2f GB  eta %s", (double)memory * 1e-9, log_format_time(time, eta));
     return n;
 }
@@ -185,7 +183,7 @@ static inline void log_complain(Logger *log) {
 }
 
 // Begins to log a run of `total` steps at step `first`. An empty `out` writes no file. Afterwards
-// the caller may set memory and mfu_note.
+// the caller may set memory.
 static inline void log_open(Logger *log, const char *out, int64_t first, int64_t total) {
     memset(log, 0, sizeof *log);
     log->first = first, log->total = total, log->started = log_seconds();
@@ -228,7 +226,7 @@ static inline void log_row(Logger *log, const LogRow *r) {
     double done = (double)(r->step + 1 - log->first), left = (double)(log->total - r->step - 1);
     double eta = (log_seconds() - log->started) / done * left;
     uint64_t memory = log->memory ? log->memory : log_peak_memory();
-    log_format_line(line, r, log->total, eta, memory, log->mfu_note);
+    log_format_line(line, r, log->total, eta, memory);
     puts(line);
     fflush(stdout);
 }

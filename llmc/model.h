@@ -6,9 +6,9 @@
 //
 // The table lists each tensor's name, shape, both initial distributions and optimizer group.
 // Memory, initialisation, optimizer, checkpoint, dump and the printed summary walk it; nothing
-// knows a tensor by its number. Its order is the order in memory: embedding, then block by block,
-// then head. wq, wk, wv of a layer lie one behind the other, so that one (3C, C) matmul serves all
-// three.
+// knows a tensor by its number. Its order is the order in memory, block by block: embedding and
+// smear, each layer, lambdas and head. wq, wk, wv of a layer lie one behind the other, so that one
+// (3C, C) matmul serves all three.
 #ifndef LLMC_MODEL_H
 #define LLMC_MODEL_H
 
@@ -155,6 +155,7 @@ typedef struct {
     bool frozen;    // gets no gradient and no update
     Group group;
     Init init, test_init;
+    int block;           // which block of the arena it lies in
     size_t offset;       // where it starts in the arena of parameters, in elements
     size_t state;        // where its second optimizer state starts in that arena, in elements
     size_t state_count;  // AdamW: v, as large as the tensor; Muon: one number per longer-axis index
@@ -162,16 +163,29 @@ typedef struct {
 
 typedef struct {
     int count;
-    Tensor *tensor;      // (count)
-    size_t numel;        // elements of the parameter arena
-    size_t state_numel;  // elements of the arena of second optimizer states
-    size_t params;       // parameters: the sum of rows * cols, padding rows included
+    Tensor *tensor;  // (count)
+    int blocks;      // L + 2: what comes before the layers, each layer, what comes behind them
+    size_t block_offset[MODEL_MAX_LAYERS + 3];  // (blocks + 1): where each starts; last, the end
+    size_t numel;                               // elements of the parameter arena
+    size_t state_numel;                         // elements of the arena of second optimizer states
+    size_t params;  // parameters: the sum of rows * cols, padding rows included
 } Table;
 
 static inline size_t tensor_numel(const Tensor *t) { return (size_t)t->rows * (size_t)t->cols; }
 
-// Tensors start at multiples of 64 bytes; where C is a multiple of 4, wq, wk and wv touch.
-enum { TABLE_ALIGN = 16 };
+// Tensors start at multiples of 64 bytes; where C is a multiple of 4, wq, wk and wv touch. Blocks
+// are padded so that up to 8 ranks can split each into equal pieces that start so, too.
+enum { TABLE_ALIGN = 16, TABLE_BLOCK_ALIGN = 8 * TABLE_ALIGN };
+
+static inline size_t table_align(size_t n, size_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+// Ends a block: what is added next begins another.
+static inline void table_end_block(Table *t) {
+    t->numel = table_align(t->numel, TABLE_BLOCK_ALIGN);
+    t->block_offset[++t->blocks] = t->numel;
+}
 
 static inline void table_add(Table *t, const char *name, Role role, int layer, int rows, int cols,
                              Group group, Init init, Init test_init) {
@@ -185,12 +199,12 @@ static inline void table_add(Table *t, const char *name, Role role, int layer, i
     x->ndim = rows ? 2 : 1;
     x->rows = x->live_rows = rows ? rows : 1, x->cols = cols;
     x->init = init, x->test_init = test_init;
-    x->offset = t->numel, x->state = t->state_numel;
+    x->block = t->blocks, x->offset = t->numel, x->state = t->state_numel;
     size_t n = tensor_numel(x);
     x->state_count = group != GROUP_MATRIX ? n : (size_t)(rows >= cols ? rows : cols);
     t->params += n;
-    t->numel += (n + TABLE_ALIGN - 1) / TABLE_ALIGN * TABLE_ALIGN;
-    t->state_numel += (x->state_count + TABLE_ALIGN - 1) / TABLE_ALIGN * TABLE_ALIGN;
+    t->numel += table_align(n, TABLE_ALIGN);
+    t->state_numel += table_align(x->state_count, TABLE_ALIGN);
 }
 
 static inline Init init_ramp(double a, double b) {
@@ -221,6 +235,7 @@ static inline void table_init(Table *t, const Config *c) {
     table_add(t, "smear_gate", SMEAR_GATE, -1, 0, SMEAR_CHANNELS, GROUP_SMEAR,
               init_uniform(0, 0.02), init_uniform(-0.5, 0.5));
     table_add(t, "smear_lambda", SMEAR_LAMBDA, -1, 0, 1, GROUP_SMEAR, zero, init_uniform(0.3, 0.6));
+    table_end_block(t);
     for (int i = 0; i < L; i++) {
         table_add(t, "wq", WQ, i, C, C, GROUP_MATRIX, wide, wide);
         table_add(t, "wk", WK, i, C, C, GROUP_MATRIX, wide, wide);
@@ -228,10 +243,12 @@ static inline void table_init(Table *t, const Config *c) {
         table_add(t, "wo", WO, i, C, C, GROUP_MATRIX, zero, wide);
         table_add(t, "wfc", WFC, i, F, C, GROUP_MATRIX, init_uniform(-0.4 * b, 0.4 * b), wide);
         table_add(t, "wproj", WPROJ, i, C, F, GROUP_MATRIX, zero, init_uniform(-bf, bf));
-        if (!config_has_value_embed(c, i)) continue;
-        table_add(t, "ve_gate", VE_GATE, i, H, GATE_CHANNELS, GROUP_MATRIX, init_uniform(0, 0.02),
-                  init_uniform(-0.5, 0.5));
-        table_add(t, "value_embed", VALUE_EMBED, i, Vp, C, GROUP_VALUE_EMBED, wide, wide);
+        if (config_has_value_embed(c, i)) {
+            table_add(t, "ve_gate", VE_GATE, i, H, GATE_CHANNELS, GROUP_MATRIX,
+                      init_uniform(0, 0.02), init_uniform(-0.5, 0.5));
+            table_add(t, "value_embed", VALUE_EMBED, i, Vp, C, GROUP_VALUE_EMBED, wide, wide);
+        }
+        table_end_block(t);
     }
     table_add(t, "resid_lambda", RESID_LAMBDA, -1, 0, L, GROUP_RESID, init_ramp(1.15, 1.05),
               init_uniform(0.8, 1.2));
@@ -241,6 +258,7 @@ static inline void table_init(Table *t, const Config *c) {
     t->tensor[t->count - 1].frozen = !config_has_backout(c);
     table_add(t, "lm_head", LM_HEAD, -1, Vp, C, GROUP_LM_HEAD, init_normal(0.001),
               init_normal(3 / sqrt(C)));
+    table_end_block(t);
     for (int i = 0; i < t->count; i++)
         if (t->tensor[i].role == WTE || t->tensor[i].role == VALUE_EMBED ||
             t->tensor[i].role == LM_HEAD)
@@ -256,6 +274,14 @@ static inline void table_free(Table *t) {
 static inline const Tensor *table_find(const Table *t, Role role, int layer) {
     for (int i = 0; i < t->count; i++)
         if (t->tensor[i].role == role && t->tensor[i].layer == layer) return &t->tensor[i];
+    return NULL;
+}
+
+// The first tensor of an arena with an element that is not finite, or NULL.
+static inline const Tensor *table_find_nonfinite(const Table *t, const float *arena /* (numel) */) {
+    for (int i = 0; i < t->count; i++)
+        for (size_t e = 0; e < tensor_numel(&t->tensor[i]); e++)
+            if (!isfinite(arena[t->tensor[i].offset + e])) return &t->tensor[i];
     return NULL;
 }
 

@@ -18,6 +18,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "llmc/die.h"    // die, EXIT_USAGE
 #include "llmc/flags.h"  // Flags
@@ -32,6 +33,15 @@ typedef struct {
     double horizon;    // Z
     double horizon12;  // Z12
 } Plan;
+
+// What may change from one step to the next. Memory is taken for the largest phase of the plan.
+typedef struct {
+    int T;                         // tokens a row
+    int64_t batch;                 // tokens per update
+    int micro_rows;                // rows at once per rank
+    int64_t micro_steps;           // forward and backward passes per update
+    int window[MODEL_MAX_LAYERS];  // (L): W_i
+} Phase;
 
 // AdamW's or Muon's numbers of one group, before the schedule.
 typedef struct {
@@ -50,15 +60,16 @@ static inline int64_t plan_default_batch(double horizon, double horizon12) {
     return (int64_t)exp2(rint(log2(exp2(19) * pow(horizon / horizon12, 0.383))));
 }
 
-// Largest divisor of `rows` that keeps rows * T within 8192 tokens; 1 when a single row is longer.
-static inline int plan_default_micro_rows(int64_t rows, int T) {
-    int most = 8192 / T > 1 ? 8192 / T : 1;
+// Largest divisor of `rows` that keeps rows * T within `tokens`; 1 when a single row is longer.
+static inline int plan_default_micro_rows(int64_t rows, int T, int tokens) {
+    int most = tokens / T > 1 ? tokens / T : 1;
     while (rows % most) most--;
     return most;
 }
 
-// Batch, steps and micro-steps from the flags. Exits 2 when they do not divide.
-static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
+// Batch, steps and micro-steps from the flags. micro_tokens: how many tokens at once the trainer
+// wants at most, where the flags do not say. Exits 2 when they do not divide.
+static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks, int micro_tokens) {
     Plan p;
     double P = config_matrix_params(c);
     p.horizon = f->ratio * P;
@@ -71,7 +82,8 @@ static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
     if (rows % ranks)
         die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows, expected a multiple of the %d ranks",
             (long long)p.batch, (long long)rows, ranks);
-    p.micro_rows = f->micro_batch ? f->micro_batch : plan_default_micro_rows(rows / ranks, c->T);
+    p.micro_rows =
+        f->micro_batch ? f->micro_batch : plan_default_micro_rows(rows / ranks, c->T, micro_tokens);
     if (rows % ((int64_t)p.micro_rows * ranks))
         die(EXIT_USAGE,
             "--batch-tokens %lld: found %lld rows, expected a multiple of --micro-batch %d on %d "
@@ -86,6 +98,16 @@ static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks) {
             "or lower --batch-tokens",
             (long long)tokens, (long long)p.batch);
     return p;
+}
+
+// The phase of step it = 0 .. n. So far every run has one.
+static inline Phase phase_at(const Plan *p, const Config *c, int64_t it) {
+    Phase phase;
+    (void)it;
+    phase.T = c->T, phase.batch = p->batch;
+    phase.micro_rows = p->micro_rows, phase.micro_steps = p->micro_steps;
+    memcpy(phase.window, c->window, sizeof phase.window);
+    return phase;
 }
 
 // The numbers of one group, its lr scaled by width and batch.

@@ -1,0 +1,498 @@
+// run.h: a run of training from start to end: everything around the model, for both trainers.
+//
+//     configure     flags, tokenizer, shape, plan           --dry-run prints them and ends
+//     open          shards, the model's memory, --resume    --dump does one step and ends
+//     train         validate, sample, step, log, save; until the last step, or told to stop
+//     close
+//
+// The model is behind the functions declared first: train_gpt2.c brings them for the CPU,
+// train_gpt2.cu for a GPU. This file knows its parameters by the table (model.h), and as arenas of
+// host memory only where it saves, loads or dumps them.
+#ifndef LLMC_RUN_H
+#define LLMC_RUN_H
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "llmc/checkpoint.h"  // ckpt_save, ckpt_find, ckpt_load, ckpt_prune
+#include "llmc/dataloader.h"  // loader_init, loader_val_next, loader_state
+#include "llmc/describe.h"    // describe_model, describe_table, describe_plan
+#include "llmc/die.h"         // die, die_alloc, warn
+#include "llmc/dump.h"        // dump_add, dump_add_all
+#include "llmc/flags.h"       // Flags, flags_parse
+#include "llmc/logger.h"      // log_open, log_row, log_write_run, log_seconds
+#include "llmc/model.h"       // Config, Table, table_init, table_find_nonfinite
+#include "llmc/sampler.h"     // sampler_pick
+#include "llmc/schedule.h"    // Plan, Phase, schedule_at
+#include "llmc/stop.h"        // stop_listen, stop_poll
+#include "llmc/tokenizer.h"   // tokenizer_init, tokenizer_encode, tokenizer_decode
+
+// ---------------------------------------------------------------------------------------------
+// What a trainer brings.
+
+typedef struct Model Model;  // the trainer's own
+
+// Most tokens of a micro-batch where --micro-batch does not say how many rows; a pure function.
+int model_micro_tokens(const Config *);
+
+// Takes all memory of a run with this plan and fills the parameters; model_free releases it.
+void model_init(Model *, const Config *, const Plan *, uint32_t seed, bool test_init);
+void model_free(Model *);
+
+// The memory that model_init would take, by kind, for --dry-run. Returns the number of rows.
+enum { MODEL_MEMORY_ROWS = 16 };
+int model_memory(DescribeMemory *rows /* (MODEL_MEMORY_ROWS) */, const Config *, const Plan *);
+
+typedef struct {
+    const char *program;  // "train_gpt2 (CPU, FP32)"
+    const char *device;   // what it runs on
+    double peak_flops;    // of the device, a second; 0: no MFU is given
+    uint64_t memory;      // bytes in use on the device; 0: the process's peak counts
+} ModelFacts;
+ModelFacts model_facts(const Model *);
+
+// Parameters and the optimizer's two states in host memory, laid out by the table. On the CPU they
+// are the model's own arenas, on a GPU copies: what is changed counts after model_upload.
+typedef struct {
+    float *params, *first;  // (table.numel) each
+    float *second;          // (table.state_numel)
+} ModelState;
+ModelState model_download(Model *);
+void model_upload(Model *, ModelState);
+void model_state_free(Model *, ModelState);
+
+// A whole step: gradients of the loader's next batch, their norm, the update. When loss or norm is
+// not finite there is no update. trace: where to keep what --dump wants, or NULL.
+typedef struct {
+    double loss, grad_norm;
+    bool finite;             // both of them
+    const char *bad_tensor;  // first whose gradient is not finite; NULL: none, or the loss is it
+    int64_t bad_row;         // first of the step's rows whose loss is not finite, or -1
+    LoaderOrigin origin;     // of that row, else of the step's first
+    LoaderState at;          // the loader behind the step's rows (it may have been read ahead)
+} StepResult;
+typedef struct {
+    int *tokens, *targets;  // (batch) each
+    float *logits;          // (batch, V), capped
+    float *grads;           // (table.numel)
+} StepTrace;
+StepResult model_step(Model *, Loader *, const Phase *, const Plan *, const Flags *, int64_t step,
+                      StepTrace *trace);
+
+// Nats of each target, without gradients. rows * T is at most a micro-batch.
+void model_losses(Model *, const int *inputs /* (rows, T) */, const int *targets /* (rows, T) */,
+                  int rows, int T, const Phase *, double *losses /* (rows, T) */);
+
+// Logits, capped, behind the last of up to T tokens.
+void model_logits(Model *, const int *tokens /* (count) */, int count, const Phase *,
+                  float *logits /* (V) */);
+
+// ---------------------------------------------------------------------------------------------
+// The run: what the program holds besides the model.
+
+typedef struct {
+    double started;  // the process: seconds of log_seconds
+    Arg args[FLAGS_COUNT];
+    Flags flags;
+    char *flags_text;  // the flags that were given, on one line
+    Tokenizer tokenizer;
+    bool has_tokenizer;
+    bool bestfit, keep_tails, test_init;  // --packing, --tails, --init
+    Config cfg;
+    Table table;
+    Plan plan;
+    Model *model;
+    ModelFacts facts;
+    Loader loader;          // of --train
+    LoaderState at;         // its place behind the steps done
+    LoaderVal val;          // of --val, when it is given
+    Logger log;             // of --out, when it is given
+    int *inputs, *targets;  // (micro_rows, T) each: validation and samples
+    double *losses;         // (micro_rows, T)
+    float *logits;          // (V)
+    int64_t step;           // updates done
+    int64_t tokens;         // tokens trained on in them
+    double clock;           // when the last step, or what came between steps, ended
+} Run;
+
+// Everything that flags decide, before memory is taken or data opened.
+static inline void run_configure(Run *r, int argc, char **argv) {
+    flags_parse(&r->flags, r->args, argc, argv);
+    const Flags *f = &r->flags;
+    r->bestfit = flags_choice("packing", f->packing, "bestfit stream") == 0;
+    r->keep_tails = flags_choice("tails", f->tails, "keep drop") == 0;
+    r->test_init = flags_choice("init", f->init, "default test") == 1;
+    r->flags_text = args_line(r->args, FLAGS_COUNT);
+    r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
+    if (r->has_tokenizer)
+        tokenizer_init(&r->tokenizer, f->tokenizer);
+    else if (*f->prompt)
+        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
+    r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
+                               r->has_tokenizer ? r->tokenizer.bos : -1);
+    r->plan = plan_from_flags(f, &r->cfg, 1, model_micro_tokens(&r->cfg));
+    table_init(&r->table, &r->cfg);
+}
+
+// --dry-run.
+static inline void run_describe(const Run *r) {
+    DescribeMemory memory[MODEL_MEMORY_ROWS];
+    int rows = model_memory(memory, &r->cfg, &r->plan);
+    args_echo(stdout, r->args, FLAGS_COUNT, true);
+    describe_model(stdout, &r->cfg);
+    describe_table(stdout, &r->table, &r->plan, &r->flags, &r->cfg);
+    describe_memory(stdout, memory, rows);
+    describe_plan(stdout, &r->plan, &r->flags, &r->cfg);
+}
+
+// --- saves -------------------------------------------------------------------------------------
+
+// The tensors of a save, in the table's order: parameters, or the optimizer's two states of each.
+// Returns their number; *out is the caller's to free.
+static inline int run_tensors(const Table *t, ModelState s, bool optimizer, StTensor **out) {
+    int n = 0;
+    *out = (StTensor *)die_alloc((size_t)t->count * 2, sizeof **out, "the list of tensors");
+    for (int i = 0; i < t->count; i++) {
+        const Tensor *x = &t->tensor[i];
+        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols}, count = x->state_count;
+        const uint64_t *dims = x->ndim == 2 ? shape : shape + 1;
+        if (!optimizer) {
+            (*out)[n++] = st_tensor(x->name, ST_F32, x->ndim, dims, s.params + x->offset);
+            continue;
+        }
+        char name[64];
+        snprintf(name, sizeof name, "%s.first", x->name);
+        (*out)[n++] = st_tensor(name, ST_F32, x->ndim, dims, s.first + x->offset);
+        snprintf(name, sizeof name, "%s.second", x->name);
+        (*out)[n++] = st_tensor(name, ST_F32, 1, &count, s.second + x->state);
+    }
+    return n;
+}
+
+// Returns false, with a warning, when the step could not be saved.
+static inline bool run_save(Run *r) {
+    ModelState state = model_download(r->model);
+    StTensor *params, *states;
+    int n = run_tensors(&r->table, state, false, &params),
+        k = run_tensors(&r->table, state, true, &states);
+    CkptMeta meta;
+    memset(&meta, 0, sizeof meta);
+    meta.step = r->step, meta.tokens = r->tokens;
+    meta.loader_seed = r->at.seed, meta.loader_epoch = r->at.epoch;
+    meta.loader_row = r->at.row, meta.loader_fingerprint = r->at.fingerprint;
+    ckpt_note(&meta, "flags", r->flags_text);
+    ckpt_note(&meta, "shards", loader_describe(&r->loader));
+    bool saved = ckpt_save(r->flags.out, &meta, params, n, states, k) == 0;
+    if (!saved)
+        warn("step %lld is not saved: %s", (long long)r->step, io_error);
+    else if (ckpt_prune(r->flags.out, r->flags.keep, r->flags.keep_every))
+        warn("old saves are not removed: %s", io_error);
+    free(params), free(states);
+    model_state_free(r->model, state);
+    return saved;
+}
+
+// --resume: parameters, optimizer, place in the data and step of a save, when there is one.
+static inline void run_resume(Run *r) {
+    char folder[IO_PATH_MAX];
+    if (!*r->flags.resume || !ckpt_find(r->flags.out, r->flags.resume, folder)) return;
+    ModelState state = model_download(r->model);
+    StTensor *params, *states;
+    int n = run_tensors(&r->table, state, false, &params),
+        k = run_tensors(&r->table, state, true, &states);
+    CkptMeta meta;
+    ckpt_load(folder, &meta, params, n, states, k);
+    model_upload(r->model, state);
+    model_state_free(r->model, state);
+    LoaderState at = {meta.loader_seed, meta.loader_epoch, meta.loader_row,
+                      meta.loader_fingerprint};
+    loader_restore(&r->loader, at, ckpt_find_note(&meta, "shards"));
+    r->step = meta.step, r->tokens = meta.tokens;
+    printf("resumed from %s: %lld steps, %lld tokens\n", folder, (long long)r->step,
+           (long long)r->tokens);
+    if (r->step > r->plan.steps)
+        die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder,
+            (long long)r->step, (long long)r->plan.steps);
+    ckpt_meta_free(&meta);
+    free(params), free(states);
+}
+
+// Makes --out, and sees that it holds no save of a later step than the one this run begins at: the
+// newest counts, and --keep removes the oldest, so the run would lose its own saves. (After
+// --resume auto only damaged ones can be newer.)
+static inline void run_prepare_out(const Run *r) {
+    CkptEntry *saves = NULL;
+    if (!*r->flags.out) return;
+    if (io_make_dir(r->flags.out)) die(EXIT_USAGE, "--out: %s", io_error);
+    if (!strcmp(r->flags.resume, "auto")) return;
+    int count = ckpt_list(r->flags.out, &saves);
+    if (count < 0) die(EXIT_CHECKPOINT, "--out: cannot look for saves: %s", io_error);
+    if (count > 0 && saves[0].step > r->step)
+        die(EXIT_USAGE,
+            "--out: found the save %s, expected none behind step %lld, where this run begins; go "
+            "on with --resume auto, or choose another folder",
+            saves[0].path, (long long)r->step);
+    free(saves);
+}
+
+// --- validation and samples --------------------------------------------------------------------
+
+// Mean loss over the targets of --val-tokens, and bits per byte: the nats of targets other than BOS
+// over ln 2 times their bytes. They stay NaN where there is no --val, or no tokenizer to count
+// bytes.
+static inline void run_validate(Run *r, LogRow *row) {
+    double nats = 0, text_nats = 0;
+    int64_t count = 0, bytes = 0, T = r->cfg.T;
+    Phase phase = phase_at(&r->plan, &r->cfg, r->step);
+    if (!*r->flags.val) return;
+    loader_val_rewind(&r->val);
+    while (loader_val_more(&r->val)) {
+        int rows = loader_val_next(&r->val, r->inputs, r->targets, r->plan.micro_rows);
+        model_losses(r->model, r->inputs, r->targets, rows, (int)T, &phase, r->losses);
+        for (int64_t t = 0; t < rows * T; t++) {
+            nats += r->losses[t];
+            if (r->targets[t] == r->cfg.bos || !r->has_tokenizer) continue;
+            text_nats += r->losses[t];
+            bytes += tokenizer_byte_count(&r->tokenizer, r->targets[t]);
+        }
+        count += rows * T;
+    }
+    row->val_loss = nats / (double)count;
+    if (bytes) row->val_bpb = text_nats / (log(2) * (double)bytes);
+}
+
+// Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text.
+// Each token costs a forward pass over the last T: short, and it tests the very code that trains.
+static inline void run_sample(Run *r) {
+    const Flags *f = &r->flags;
+    int T = r->cfg.T;
+    Phase phase = phase_at(&r->plan, &r->cfg, r->step);
+    TokenList list = {NULL, 0, 0};
+    if (!r->has_tokenizer || !f->sample_tokens) return;
+    tokenizer_append(&list, (uint32_t)r->cfg.bos);
+    tokenizer_encode(&r->tokenizer, f->prompt, strlen(f->prompt), &list);
+    RandKey key = {(uint32_t)f->seed, (uint32_t)r->step, RAND_SAMPLE};
+    printf("sample: %s", f->prompt);
+    for (int i = 0; i < f->sample_tokens; i++) {
+        int count = list.count < (size_t)T ? (int)list.count : T;
+        for (int t = 0; t < count; t++) r->inputs[t] = list.ids[list.count - (size_t)(count - t)];
+        model_logits(r->model, r->inputs, count, &phase, r->logits);
+        int next = sampler_pick(r->logits, r->cfg.V, f->temperature, f->top_k,
+                                rand_uniform(key, (uint64_t)i));
+        if (next == r->cfg.bos) break;
+        size_t bytes;
+        const uint8_t *text = tokenizer_decode(&r->tokenizer, next, &bytes);
+        fwrite(text, 1, bytes, stdout);
+        tokenizer_append(&list, (uint32_t)next);
+    }
+    printf("\n");
+    free(list.ids);
+}
+
+// --- steps -------------------------------------------------------------------------------------
+
+// NaN or Inf has not reached the weights, and must not: ends the run, and says where it was first.
+static inline void run_require_finite(const Run *r, const StepResult *s) {
+    if (s->finite) return;
+    char row[40] = "the step";
+    if (s->bad_row >= 0) snprintf(row, sizeof row, "row %lld of the step", (long long)s->bad_row);
+    const Tensor *bad = table_find_nonfinite(&r->table, model_download(r->model).params);
+    die(EXIT_NONFINITE,
+        "step %lld: found loss %g and gradient norm %g, first in %s; %s begins in %s at token "
+        "%llu; the weights are as before the step%s%s",
+        (long long)r->step, s->loss, s->grad_norm, s->bad_tensor ? s->bad_tensor : "the loss", row,
+        s->origin.path, (unsigned long long)s->origin.token,
+        bad ? ", where the first that is not finite is " : "", bad ? bad->name : "");
+}
+
+// One update. Fills in the row's loss, norm and time: that since the step before, or since what
+// came between them.
+static inline void run_step(Run *r, LogRow *row) {
+    Phase phase = phase_at(&r->plan, &r->cfg, r->step);
+    StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step, NULL);
+    run_require_finite(r, &s);
+    double now = log_seconds();
+    row->loss = s.loss, row->grad_norm = s.grad_norm;
+    row->ms = 1e3 * (now - r->clock);
+    row->tok_per_s = 1e3 * (double)phase.batch / row->ms;
+    if (r->facts.peak_flops > 0)
+        row->mfu = row->tok_per_s * config_flops_per_token(&r->cfg, false) / r->facts.peak_flops;
+    r->step++, r->tokens += phase.batch, r->at = s.at, r->clock = now;
+}
+
+static inline bool run_due(int64_t step, int every) { return every > 0 && step % every == 0; }
+
+// After a step: saves when it is time or was asked for. False: the run was told to stop.
+static inline bool run_end_step(Run *r) {
+    const Flags *f = &r->flags;
+    StopRequest asked = stop_poll(f->out);
+    bool last = r->step == r->plan.steps;
+    if (*f->out && (last || asked != STOP_NO || run_due(r->step, f->save_every))) {
+        bool saved = run_save(r);
+        r->clock = log_seconds();
+        if (!saved && (last || asked == STOP_END))
+            die(EXIT_CHECKPOINT,
+                "step %lld, the last one, is not saved; the warning above says why",
+                (long long)r->step);
+        if (saved && asked == STOP_SAVE) printf("saved step %lld, as asked\n", (long long)r->step);
+    }
+    if (asked == STOP_END)
+        printf("stopped behind step %lld, as asked; %s\n", (long long)r->step,
+               *f->out ? "it is saved, and --resume auto goes on from it"
+                       : "nothing was saved, since there is no --out");
+    return asked != STOP_END;
+}
+
+// The rest of the steps. Row s of the log is the state after s updates: its validation, if one is
+// due, and the loss of the batch that makes update s + 1. The last row has no loss. Returns the
+// program's exit code.
+static inline int run_train(Run *r) {
+    const Flags *f = &r->flags;
+    int64_t first = r->step;
+    for (bool last = false; !last;) {
+        last = r->step == r->plan.steps;
+        bool validate = last || run_due(r->step, f->eval_every),
+             sample = last || run_due(r->step, f->sample_every);
+        Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
+        LogRow row =
+            log_row_init(r->step, r->tokens, (int64_t)r->at.epoch, now.lr, now.momentum, now.wd);
+        if (validate) run_validate(r, &row);
+        if (sample) run_sample(r);
+        if (validate || sample || r->step == first) r->clock = log_seconds();
+        if (!last) run_step(r, &row);
+        log_row(&r->log, &row);
+        if (!last && r->step == first + 1)
+            printf("first step %.1f s after the start\n", r->clock - r->started);
+        if (!last && !run_end_step(r)) return EXIT_PREEMPTED;
+    }
+    return EXIT_OK;
+}
+
+// --dump: one step, and everything that goes into it and comes out of it. NaN and Inf are written
+// as they are: a dump is for finding them.
+static inline void run_dump(Run *r) {
+    const Flags *f = &r->flags;
+    const Table *t = &r->table;
+    Phase phase = phase_at(&r->plan, &r->cfg, r->step);
+    uint64_t batch = (uint64_t)phase.batch, V = (uint64_t)r->cfg.V, one = 1;
+    int *tokens = (int *)die_alloc(2 * batch, sizeof *tokens, "the tokens of a dump");
+    float *logits =
+        (float *)die_alloc(batch * V, sizeof *logits, "the logits of a dump; lower --batch-tokens");
+    float *grads = (float *)die_alloc(t->numel, sizeof *grads, "the gradients of a dump");
+    float *before = (float *)die_alloc(t->numel, sizeof *before, "the parameters of a dump");
+    ModelState state = model_download(r->model);
+    memcpy(before, state.params, t->numel * sizeof *before);
+    model_state_free(r->model, state);
+    StepTrace trace = {tokens, tokens + batch, logits, grads};
+    StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, f, r->step, &trace);
+    state = model_download(r->model);
+    uint64_t rows[2] = {batch / (uint64_t)phase.T, (uint64_t)phase.T}, logits_shape[2] = {batch, V};
+    Dump d;
+    dump_init(&d, 5 + 3 * t->count, f->dump_sketch);
+    dump_add_whole(&d, "tokens", ST_I32, 2, rows, trace.tokens);
+    dump_add_whole(&d, "targets", ST_I32, 2, rows, trace.targets);
+    dump_add_whole(&d, "loss", ST_F64, 1, &one, &s.loss);
+    dump_add_whole(&d, "grad_norm", ST_F64, 1, &one, &s.grad_norm);
+    dump_add(&d, "logits", "", 2, logits_shape, logits);
+    dump_add_all(&d, "param", t, before);
+    dump_add_all(&d, "grad", t, grads);
+    dump_add_all(&d, "updated", t, state.params);
+    char step[24];
+    snprintf(step, sizeof step, "%lld", (long long)r->step);
+    JsonPair about[] = {{"flags", r->flags_text}, {"step", step}};
+    if (st_write(f->dump, d.tensor, d.count, about, 2)) die(EXIT_USAGE, "--dump: %s", io_error);
+    printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count,
+           (long long)r->step, s.loss, s.grad_norm);
+    model_state_free(r->model, state);
+    free(tokens), free(logits), free(grads), free(before);
+    dump_free(&d);
+}
+
+// --- from start to end -------------------------------------------------------------------------
+
+// Opens the data, takes memory, and goes to the save to resume from.
+static inline void run_open(Run *r) {
+    const Flags *f = &r->flags;
+    if (!*f->train)
+        die(EXIT_USAGE,
+            "--train: found nothing, expected token shards (build/tokenize makes them from text)");
+    if (*f->resume && !*f->out && !strcmp(f->resume, "auto"))
+        die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
+    RowsConfig rows = {f->train,   r->cfg.T,      r->cfg.V,         r->cfg.bos,
+                       r->bestfit, r->keep_tails, (uint64_t)f->seed};
+    loader_init(&r->loader, &rows, 0, 1);
+    if (*f->val)
+        loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
+                        f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
+    model_init(r->model, &r->cfg, &r->plan, (uint32_t)f->seed, r->test_init);
+    size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
+    r->inputs = (int *)die_alloc(tokens, sizeof(int), "tokens");
+    r->targets = (int *)die_alloc(tokens, sizeof(int), "tokens");
+    r->losses = (double *)die_alloc(tokens, sizeof(double), "losses");
+    r->logits = (float *)die_alloc((size_t)r->cfg.V, sizeof(float), "logits");
+    run_resume(r);
+    r->at = loader_state(&r->loader);
+}
+
+// log.csv and run.json in --out, and the first lines on stdout.
+static inline void run_log_open(Run *r) {
+    const Flags *f = &r->flags;
+    r->facts = model_facts(r->model);
+    JsonPair facts[] = {{"program", r->facts.program}, {"device", r->facts.device},
+                        {"version", SPEEDRUN_VERSION}, {"compiler", __VERSION__},
+                        {"flags", r->flags_text},      {"shards", loader_describe(&r->loader)}};
+    log_open(&r->log, f->out, r->step, r->plan.steps);
+    r->log.memory = r->facts.memory;
+    if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts))
+        warn("run.json is not written: %s", io_error);
+    printf("%s %s\n", r->facts.program, r->flags_text);
+    printf("%zu parameters, matrix parameters P %.0f; %lld steps of %lld tokens, %lld tokens in "
+           "the shards\n",
+           r->table.params, config_matrix_params(&r->cfg), (long long)r->plan.steps,
+           (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);
+    if (r->facts.peak_flops > 0)
+        printf("mfu: %.4g FLOPs a token (PaLM's count; %.4g for only the keys a query sees) of the "
+               "%.0f TFLOP/s of %s\n",
+               config_flops_per_token(&r->cfg, false), config_flops_per_token(&r->cfg, true),
+               1e-12 * r->facts.peak_flops, r->facts.device);
+}
+
+static inline void run_close(Run *r) {
+    if (*r->flags.val) loader_val_free(&r->val);
+    if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
+    loader_free(&r->loader);
+    model_free(r->model);
+    table_free(&r->table);
+    free(r->inputs), free(r->targets), free(r->losses), free(r->logits), free(r->flags_text);
+    args_free();
+}
+
+// The whole program; main calls it with the memory for a model. Returns the exit code.
+static inline int run_main(Model *model, int argc, char **argv) {
+    static Run run;
+    int code = EXIT_OK;
+    run.started = log_seconds(), run.model = model;
+    stop_listen();
+    run_configure(&run, argc, argv);
+    if (run.flags.dry_run) {
+        run_describe(&run);
+        return EXIT_OK;
+    }
+    run_open(&run);
+    if (*run.flags.dump) {
+        run_dump(&run);
+    } else {
+        run_prepare_out(&run);
+        run_log_open(&run);
+        code = run_train(&run);
+        log_close(&run.log);
+    }
+    run_close(&run);
+    return code;
+}
+
+#endif
