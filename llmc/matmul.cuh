@@ -49,18 +49,22 @@ typedef struct {
                              // factors' rows run along the sum, which dgrad and wgrad need this for
 } MatmulOperand;
 
-static inline MatmulOperand operand_of(const bf16 *data) { return {data, CUDA_R_16BF, NULL, NULL}; }
-static inline MatmulOperand operand_of(const float *data) { return {data, CUDA_R_32F, NULL, NULL}; }
+static inline MatmulOperand matmul_operand(const bf16 *data) {
+    return {data, CUDA_R_16BF, NULL, NULL};
+}
+static inline MatmulOperand matmul_operand(const float *data) {
+    return {data, CUDA_R_32F, NULL, NULL};
+}
 
 // What happens to a product on its way to memory.
 typedef enum {
     MATMUL_STORE,  // y = product
     MATMUL_ADD,    // y = extra + product; extra NULL: y += product
 } MatmulEpilogueKind;
-typedef struct {
+struct MatmulEpilogue {
     MatmulEpilogueKind kind;
-    const void *extra;  // of y's shape and type; may be y
-} MatmulEpilogue;
+    const void *extra = NULL;  // of y's shape and type; may be y
+};
 
 // What an algorithm is chosen by.
 typedef struct {
@@ -147,7 +151,7 @@ static inline MatmulWords matmul_words(const MatmulShape *s, const float *a_scal
 }
 
 // Asks cuBLASLt for an algorithm that needs no more than our workspace and alignment. Of the ways
-// to add up split sums, in place is out (the order would vary), and so is by way of d's type (BF16).
+// to add up split sums, in place is out (the order would vary), and so is in d's type (BF16).
 static inline cublasLtMatmulAlgo_t matmul_choose(Matmul *m, MatmulWords *w, const MatmulShape *s) {
     cublasLtMatmulPreferenceOpaque_t want;
     uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
@@ -220,7 +224,7 @@ static inline void matmul_forward(Matmul *m,
                                   MatmulOperand w,  // (N, K)
                                   MatmulEpilogue epilogue, int n, int K, int N,
                                   cudaStream_t stream) {
-    matmul(m, y, operand_of(y).type, x, false, w, true, epilogue.extra, 1,
+    matmul(m, y, matmul_operand(y).type, x, false, w, true, epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, N, K, 1, stream);
 }
 
@@ -229,7 +233,7 @@ static inline void matmul_dgrad(Matmul *m,
                                 MatmulOperand dy,  // (n, N)
                                 MatmulOperand w,   // (N, K)
                                 MatmulEpilogue epilogue, int n, int K, int N, cudaStream_t stream) {
-    matmul(m, dx, operand_of(dx).type, dy, false, w, false, epilogue.extra, 1,
+    matmul(m, dx, matmul_operand(dx).type, dy, false, w, false, epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, K, N, 1, stream);
 }
 
@@ -253,8 +257,8 @@ static inline void matmul_batched(Matmul *m,
                                   float alpha, float beta, int M, int N, int K, int batch,
                                   cudaStream_t stream) {
     assert(c || beta == 0);
-    matmul(m, d, operand_of(d).type, operand_of(a), ta, operand_of(b), tb, c, alpha, beta, M, N, K,
-           batch, stream);
+    matmul(m, d, matmul_operand(d).type, matmul_operand(a), ta, matmul_operand(b), tb, c, alpha,
+           beta, M, N, K, batch, stream);
 }
 
 #endif
