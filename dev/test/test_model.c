@@ -263,17 +263,30 @@ TEST(find_gives_null_where_there_is_none) {
 }
 
 // Offsets: aligned, in order, without overlap, inside the arena; numel and params are the sums.
-static void check_layout(const Table *t) {
+// Every block begins where 8 ranks can split it, and holds its tensors and nothing else.
+static void check_layout(const Table *t, int L) {
     size_t end = 0, state_end = 0, params = 0;
+    int block = 0;
+    CHECK_INT(t->blocks, L + 2);
+    CHECK_INT(t->block_offset[0], 0);
+    for (int b = 0; b <= t->blocks; b++) CHECK_INT(t->block_offset[b] % (8 * TABLE_ALIGN), 0);
     for (int i = 0; i < t->count; i++) {
         const Tensor *x = &t->tensor[i];
+        CHECK_INT(x->block, x->layer >= 0 ? x->layer + 1 : x->role <= SMEAR_LAMBDA ? 0 : L + 1);
+        if (x->block != block) {
+            CHECK_INT(x->offset, t->block_offset[++block]);
+            CHECK(x->offset >= end && x->offset < end + 8 * TABLE_ALIGN);
+            end = x->offset;
+        }
         CHECK(x->offset % TABLE_ALIGN == 0 && x->state % TABLE_ALIGN == 0);
         CHECK(x->offset >= end && x->offset < end + TABLE_ALIGN);
         CHECK(x->state >= state_end && x->state < state_end + TABLE_ALIGN);
         end = x->offset + tensor_numel(x), state_end = x->state + x->state_count;
         params += (size_t)x->rows * (size_t)x->cols;
     }
-    CHECK(t->numel >= end && t->numel < end + TABLE_ALIGN);
+    CHECK_INT(block, L + 1);
+    CHECK_INT(t->numel, t->block_offset[L + 2]);
+    CHECK(t->numel >= end && t->numel < end + 8 * TABLE_ALIGN);
     CHECK(t->state_numel >= state_end && t->state_numel < state_end + TABLE_ALIGN);
     CHECK_INT(t->params, params);
 }
@@ -283,7 +296,7 @@ TEST(layout_is_aligned_and_dense) {
         Config c = small(L);
         Table t;
         table_init(&t, &c);
-        check_layout(&t);
+        check_layout(&t, L);
         table_free(&t);
     }
 }
@@ -310,7 +323,7 @@ TEST(large_models_do_not_overflow) {
     Config c = config_from_flags(&f, -1, -1);
     Table t;
     table_init(&t, &c);
-    check_layout(&t);
+    check_layout(&t, 128);
     CHECK_INT(t.count, 3 + 128 * 6 + 64 * 2 + 4);
     CHECK_INT(c.C, 8192);
     // 12 C^2 a layer, 66 tables of V x C, 64 gates of (64, 12), smear 25, lambdas 257

@@ -15,12 +15,12 @@ static Flags defaults(void) {
 
 static Plan plan(const Flags *f, int ranks) {
     Config c = config_from_flags(f, -1, -1);
-    return plan_from_flags(f, &c, ranks);
+    return plan_from_flags(f, &c, ranks, 8192);
 }
 
 static GroupNumbers group(const Flags *f, Group g) {
     Config c = config_from_flags(f, -1, -1);
-    Plan p = plan_from_flags(f, &c, 1);
+    Plan p = plan_from_flags(f, &c, 1, 8192);
     return plan_group(&p, f, &c, g);
 }
 
@@ -138,14 +138,35 @@ TEST(micro_steps_divide_the_batch) {
     }
 }
 
-TEST(default_micro_batch_fits_8192_tokens) {
-    CHECK_INT(plan_default_micro_rows(256, 2048), 4);
-    CHECK_INT(plan_default_micro_rows(256, 1024), 8);
-    CHECK_INT(plan_default_micro_rows(6, 2048), 3);  // 4 does not divide 6
-    CHECK_INT(plan_default_micro_rows(7, 2048), 1);
-    CHECK_INT(plan_default_micro_rows(5, 64), 5);
-    CHECK_INT(plan_default_micro_rows(64, 10000), 1);
-    CHECK_INT(plan_default_micro_rows(1, 8192), 1);
+TEST(default_micro_batch_fits_the_trainers_tokens) {
+    CHECK_INT(plan_default_micro_rows(256, 2048, 8192), 4);
+    CHECK_INT(plan_default_micro_rows(256, 1024, 8192), 8);
+    CHECK_INT(plan_default_micro_rows(6, 2048, 8192), 3);  // 4 does not divide 6
+    CHECK_INT(plan_default_micro_rows(7, 2048, 8192), 1);
+    CHECK_INT(plan_default_micro_rows(5, 64, 8192), 5);
+    CHECK_INT(plan_default_micro_rows(64, 10000, 8192), 1);
+    CHECK_INT(plan_default_micro_rows(1, 8192, 8192), 1);
+    CHECK_INT(plan_default_micro_rows(256, 2048, 131072), 64);
+    CHECK_INT(plan_default_micro_rows(96, 2048, 131072), 48);  // 64 does not divide 96
+    Flags f = defaults();
+    Config c = config_from_flags(&f, -1, -1);
+    CHECK_INT(plan_from_flags(&f, &c, 1, 131072).micro_rows, 64);
+    CHECK_INT(plan_from_flags(&f, &c, 8, 131072).micro_rows, 32);  // 2^19 tokens: 32 rows a rank
+    f.micro_batch = 2;
+    CHECK_INT(plan_from_flags(&f, &c, 1, 131072).micro_rows, 2);
+}
+
+TEST(the_one_phase_is_the_plans) {
+    Flags f = defaults();
+    Config c = config_from_flags(&f, -1, -1);
+    Plan p = plan_from_flags(&f, &c, 1, 8192);
+    for (int64_t it = 0; it <= p.steps; it += p.steps / 2) {
+        Phase phase = phase_at(&p, &c, it);
+        CHECK_INT(phase.T, 2048);
+        CHECK_INT(phase.batch, phase.micro_steps * phase.micro_rows * phase.T);
+        CHECK_INT(phase.batch, p.batch);
+        for (int i = 0; i < c.L; i++) CHECK_INT(phase.window[i], i % 4 == 3 ? 2048 : 512);
+    }
 }
 
 TEST(what_does_not_divide_exits_2) {
@@ -343,7 +364,8 @@ int main(void) {
     RUN(steps_come_from_steps_tokens_or_ratio);
     RUN(horizon_stays_the_models_own);
     RUN(micro_steps_divide_the_batch);
-    RUN(default_micro_batch_fits_8192_tokens);
+    RUN(default_micro_batch_fits_the_trainers_tokens);
+    RUN(the_one_phase_is_the_plans);
     RUN(what_does_not_divide_exits_2);
     RUN(group_numbers_at_the_reference_shape);
     RUN(group_lr_scales_with_width_and_batch);

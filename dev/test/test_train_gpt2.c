@@ -135,6 +135,7 @@ typedef struct {
     Flags flags;
     Config cfg;
     Plan plan;
+    Phase phase;
     Model model;
     char text[1024];
 } Trainer;
@@ -147,9 +148,9 @@ static void trainer_init(Trainer *t, const char *flags) {
     for (char *word = strtok(t->text, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
     flags_parse(&t->flags, table, argc, argv);
     t->cfg = config_from_flags(&t->flags, -1, -1);
-    t->plan = plan_from_flags(&t->flags, &t->cfg, 1);
-    model_init(&t->model, &t->cfg, t->plan.micro_rows, (uint32_t)t->flags.seed,
-               t->flags.init[0] == 't');
+    t->plan = plan_from_flags(&t->flags, &t->cfg, 1, model_micro_tokens(&t->cfg));
+    t->phase = phase_at(&t->plan, &t->cfg, 0);
+    model_init(&t->model, &t->cfg, &t->plan, (uint32_t)t->flags.seed, t->flags.init[0] == 't');
 }
 
 // Forward and backward over the rows of one step, (rows, T+1) tokens. Returns the mean loss.
@@ -166,7 +167,7 @@ static double trainer_gradients(Trainer *t, const int *rows, float *logits) {
             inputs[i] = at[0], targets[i] = at[1];
         }
         float *keep = logits ? logits + (int64_t)micro * B * T * t->cfg.V : NULL;
-        sum += model_accumulate(&t->model, inputs, targets, B, t->plan.batch, keep);
+        sum += model_accumulate(&t->model, inputs, targets, &t->phase, keep);
     }
     free(inputs);
     return sum / (double)t->plan.batch;
