@@ -1,0 +1,275 @@
+// test_matmul.cu: products (llmc/matmul.cuh) against sums in double on the host.
+#include <cuda_fp8.h>
+
+#include "dev/test/gpu/test_gpu.cuh"
+#include "llmc/matmul.cuh"  // matmul_forward, matmul_dgrad, matmul_wgrad, matmul_batched
+
+static Matmul mm;
+
+// d (M, N) = alpha op(a) op(b) + beta c, of each matrix of a batch, with sums in double. c may be
+// NULL.
+static void reference(float *d, const float *a, bool ta, const float *b, bool tb, const float *c,
+                      double alpha, double beta, int M, int N, int K, int batch) {
+    double *rows = (double *)die_alloc((size_t)K * (size_t)N, sizeof *rows, "b by rows");
+    for (int m = 0; m < batch; m++, a += (size_t)M * K, b += (size_t)K * N) {
+        for (int k = 0; k < K; k++)
+            for (int j = 0; j < N; j++)
+                rows[(size_t)k * N + j] = tb ? b[(size_t)j * K + k] : b[(size_t)k * N + j];
+#pragma omp parallel for
+        for (int i = 0; i < M; i++) {
+            double *sum = (double *)calloc((size_t)N, sizeof *sum);
+            for (int k = 0; k < K; k++) {
+                double x = ta ? a[(size_t)k * M + i] : a[(size_t)i * K + k];
+                for (int j = 0; j < N; j++) sum[j] += x * rows[(size_t)k * N + j];
+            }
+            size_t at = ((size_t)m * M + i) * N;
+            for (int j = 0; j < N; j++)
+                d[at + j] = (float)(alpha * sum[j] + (c ? beta * c[at + j] : 0));
+            free(sum);
+        }
+    }
+    free(rows);
+}
+
+// The sizes of a linear layer: y (n, N) = x (n, K) W^T.
+typedef struct {
+    int K, N;
+} Layer;
+static const Layer all_layers[] = {{8, 8},     {48, 144},  {48, 48},    {128, 384},
+                                   {768, 128}, {128, 768}, {768, 3072}, {3072, 768}};
+static const int all_n[] = {1, 2, 63, 64, 65, 127, 128, 129, 192, 1000};
+
+static int layers(void) { return grid_small ? 4 : (int)(sizeof all_layers / sizeof *all_layers); }
+static int last_n(void) { return grid_small ? 65 : 1000; }
+
+TEST(forward) {
+    for (int l = 0; l < layers(); l++)
+        for (int n : all_n) {
+            int K = all_layers[l].K, N = all_layers[l].N;
+            if (n > last_n()) continue;
+            size_t nN = (size_t)n * N;
+            GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
+            GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
+            GpuArray<floatX> residual = gpu_normal<floatX>("residual", nN, 30);
+            GpuArray<floatX> y = gpu_poisoned<floatX>("y", nN);
+            GpuArray<floatX> sum = gpu_poisoned<floatX>("sum", nN);
+            GpuArray<floatX> in_place = gpu_copy<floatX>("in_place", residual.host, nN);
+            MatmulOperand X = matmul_operand(x.device), W = matmul_operand(w.device);
+            matmul_forward(&mm, y.device, X, W, {MATMUL_STORE}, n, K, N, 0);
+            matmul_forward(&mm, sum.device, X, W, {MATMUL_ADD, residual.device}, n, K, N, 0);
+            matmul_forward(&mm, in_place.device, X, W, {MATMUL_ADD}, n, K, N, 0);
+            float *expected = gpu_expected(nN);
+            reference(expected, x.host, false, w.host, true, NULL, 1, 0, n, N, K, 1);
+            gpu_compare(y, expected, n, N, "n %d, K %d, N %d", n, K, N);
+            for (size_t i = 0; i < nN; i++) expected[i] += residual.host[i];
+            gpu_compare(sum, expected, n, N, "n %d, K %d, N %d", n, K, N);
+            gpu_compare(in_place, expected, n, N, "n %d, K %d, N %d", n, K, N);
+            gpu_end_case();
+        }
+}
+
+TEST(dgrad) {
+    for (int l = 0; l < layers(); l++)
+        for (int n : all_n) {
+            int K = all_layers[l].K, N = all_layers[l].N;
+            if (n > last_n()) continue;
+            size_t nK = (size_t)n * K;
+            GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
+            GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
+            GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", nK);
+            GpuArray<floatX> added = gpu_normal<floatX>("added", nK, 30);
+            float *expected = gpu_expected(nK), *before = added.host;
+            MatmulOperand dY = matmul_operand(dy.device), W = matmul_operand(w.device);
+            matmul_dgrad(&mm, dx.device, dY, W, {MATMUL_STORE}, n, K, N, 0);
+            matmul_dgrad(&mm, added.device, dY, W, {MATMUL_ADD}, n, K, N, 0);
+            reference(expected, dy.host, false, w.host, false, NULL, 1, 0, n, K, N, 1);
+            gpu_compare(dx, expected, n, K, "n %d, K %d, N %d", n, K, N);
+            for (size_t i = 0; i < nK; i++) expected[i] += before[i];
+            gpu_compare(added, expected, n, K, "n %d, K %d, N %d", n, K, N);
+            gpu_end_case();
+        }
+}
+
+TEST(wgrad_adds) {
+    for (int l = 0; l < layers(); l++)
+        for (int n : all_n) {
+            int K = all_layers[l].K, N = all_layers[l].N;
+            if (n > last_n()) continue;
+            GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
+            GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
+            GpuArray<float> dw = gpu_normal<float>("dw", (size_t)N * K, 10);
+            float *expected = gpu_expected((size_t)N * K);
+            reference(expected, dy.host, true, x.host, false, dw.host, 1, 1, N, K, n, 1);
+            matmul_wgrad(&mm, dw.device, matmul_operand(dy.device), matmul_operand(x.device), n, K,
+                         N, 0);
+            gpu_compare(dw, expected, N, K, "n %d, K %d, N %d", n, K, N);
+            gpu_end_case();
+        }
+}
+
+// Muon's products among them: X X^T, X^T X, b A + c A^2 and a X + B X.
+TEST(batched) {
+    static const struct {
+        int M, N, K, batch;
+    } shape[] = {{8, 8, 8, 1},       {48, 48, 192, 3},    {128, 128, 128, 5}, {128, 384, 128, 2},
+                 {768, 768, 768, 2}, {768, 768, 3072, 2}, {3072, 768, 768, 2}};
+    for (int i = 0; i < (grid_small ? 4 : 7); i++)
+        for (int kind = 0; kind < 16; kind++) {
+            int M = shape[i].M, N = shape[i].N, K = shape[i].K, batch = shape[i].batch;
+            bool ta = kind & 1, tb = kind & 2, add = kind & 4, in_place = kind & 8;
+            if ((in_place && !add) || (M * (double)N * K > 1e9 && ta != tb)) continue;
+            float alpha = add ? 0.75f : 1, beta = add ? -1.5f : 0;
+            size_t count = (size_t)batch * M * N;
+            GpuArray<floatX> a = gpu_normal<floatX>("a", (size_t)batch * M * K, 1);
+            GpuArray<floatX> b = gpu_normal<floatX>("b", (size_t)batch * K * N, 1);
+            GpuArray<floatX> c = gpu_normal<floatX>("c", count, 10);
+            GpuArray<floatX> d = gpu_poisoned<floatX>("d", count);
+            float *expected = gpu_expected(count);
+            reference(expected, a.host, ta, b.host, tb, add ? c.host : NULL, alpha, beta, M, N, K,
+                      batch);
+            GpuArray<floatX> &out = in_place ? c : d;
+            matmul_batched(&mm, out.device, a.device, ta, b.device, tb, add ? c.device : NULL,
+                           alpha, beta, M, N, K, batch, 0);
+            gpu_compare(out, expected, batch * M, N, "M %d, N %d, K %d, batch %d, kind %d", M, N, K,
+                        batch, kind);
+            gpu_end_case();
+        }
+}
+
+// The same call gives the same bits, whatever ran before it and lies in the workspace.
+TEST(same_bits_again) {
+    for (int n : {1, 65, grid_small ? 128 : 1000}) {
+        int K = 768, N = 128;
+        GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
+        GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
+        GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
+        float *first[3] = {};
+        for (int run = 0; run < 3; run++) {
+            GpuArray<floatX> y = gpu_poisoned<floatX>("y", (size_t)n * N);
+            GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", (size_t)n * K);
+            float *zeros = gpu_expected((size_t)N * K);
+            GpuArray<float> dw = gpu_copy<float>("dw", zeros, (size_t)N * K);
+            MatmulOperand X = matmul_operand(x.device), dY = matmul_operand(dy.device);
+            MatmulOperand W = matmul_operand(w.device);
+            CUDA_CHECK(cudaMemset(mm.workspace, 17 * run, MATMUL_WORKSPACE));
+            matmul_forward(&mm, y.device, X, W, {MATMUL_STORE}, n, K, N, 0);
+            matmul_dgrad(&mm, dx.device, dY, W, {MATMUL_STORE}, n, K, N, 0);
+            matmul_wgrad(&mm, dw.device, dY, X, n, K, N, 0);
+            float *now[3] = {gpu_read(y), gpu_read(dx), gpu_read(dw)};
+            size_t count[3] = {y.count, dx.count, dw.count};
+            for (int i = 0; i < 3; i++) {
+                if (run == 0) first[i] = now[i];
+                CHECK(!memcmp(now[i], first[i], count[i] * sizeof(float)));
+            }
+        }
+        gpu_end_case();
+    }
+}
+
+// More shapes than the table of plans holds, as samples bring them.
+TEST(more_shapes_than_plans) {
+    const int K = 8, N = 16, all = grid_small ? 40 : MATMUL_PLANS + 50;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)all * K, 1);
+    GpuArray<floatX> w = gpu_normal<floatX>("w", N * K, 1);
+    float *expected = gpu_expected((size_t)all * N);
+    reference(expected, x.host, false, w.host, true, NULL, 1, 0, all, N, K, 1);
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", (size_t)all * N);
+    // From the longest down: row n - 1 keeps what the product of n rows wrote last.
+    for (int n = all; n > 0; n--)
+        matmul_forward(&mm, y.device, matmul_operand(x.device), matmul_operand(w.device),
+                       {MATMUL_STORE}, n, K, N, 0);
+    gpu_compare(y, expected, all, N, "n up to %d", all);
+    CHECK(mm.planned <= MATMUL_PLANS / 2);
+    gpu_end_case();
+}
+
+// Captured before its shape was ever seen: planning neither allocates nor waits.
+TEST(capture_in_a_graph) {
+    const int n = 72, K = 128, N = 256;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", n * K, 1);
+    GpuArray<floatX> w = gpu_normal<floatX>("w", N * K, 1);
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * N);
+    float *expected = gpu_expected(n * N);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    matmul_forward(&mm, y.device, matmul_operand(x.device), matmul_operand(w.device),
+                   {MATMUL_STORE}, n, K, N, stream);
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA_CHECK(cudaGraphLaunch(exec, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    reference(expected, x.host, false, w.host, true, NULL, 1, 0, n, N, K, 1);
+    gpu_compare(y, expected, n, N, "n %d, K %d, N %d", n, K, N);
+    CUDA_CHECK(cudaGraphExecDestroy(exec));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+    gpu_end_case();
+}
+
+#ifndef PRECISION_FP32
+typedef __nv_fp8_e4m3 fp8;
+static inline void to_host(float *to, fp8 from) { *to = (float)from; }
+static inline void from_host(fp8 *to, float from) { *to = fp8(from); }
+
+// FP8 numbers (rows, cols) with a scale; only_transposed: none but the transposed copy holds them.
+static MatmulOperand fp8_operand(GpuArray<fp8> x, const float *scale, int rows, int cols,
+                                 bool only_transposed) {
+    float *turned = gpu_expected(x.count);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) turned[j * rows + i] = x.host[i * cols + j];
+    const fp8 *copy = gpu_copy<fp8>("transposed", turned, x.count).device;
+    const fp8 *data = only_transposed ? gpu_poisoned<fp8>("unused", x.count).device : x.device;
+    return {data, CUDA_R_8F_E4M3, scale, only_transposed ? copy : NULL};
+}
+
+// Operands as the FP8 build will hand them over: scales on the device, transposed copies where the
+// sum does not run along the rows.
+TEST(fp8_operands) {
+    if (test_gpu.major * 10 + test_gpu.minor < 89) SKIP("no FP8 before compute capability 8.9");
+    const int n = 64, K = 128, N = 256;
+    const float scales[] = {0.5f, 0.25f, 4};
+    GpuArray<float> scale = gpu_copy<float>("scales", scales, 3);
+    GpuArray<fp8> x = gpu_normal<fp8>("x", n * K, 1), w = gpu_normal<fp8>("w", N * K, 1);
+    GpuArray<fp8> dy = gpu_normal<fp8>("dy", n * N, 1);
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * N), dx = gpu_poisoned<floatX>("dx", n * K);
+    GpuArray<float> dw = gpu_normal<float>("dw", N * K, 10);
+    float *expected_y = gpu_expected(n * N), *expected_dx = gpu_expected(n * K);
+    float *expected_dw = gpu_expected(N * K);
+    dw.tolerance = 1e-3;  // the sums inside the tensor cores hold fewer bits for FP8
+    reference(expected_y, x.host, false, w.host, true, NULL, 0.125, 0, n, N, K, 1);
+    reference(expected_dx, dy.host, false, w.host, false, NULL, 1, 0, n, K, N, 1);
+    reference(expected_dw, dy.host, true, x.host, false, dw.host, 2, 1, N, K, n, 1);
+    const float *sx = scale.device, *sw = sx + 1, *sdy = sx + 2;
+    matmul_forward(&mm, y.device, fp8_operand(x, sx, n, K, false), fp8_operand(w, sw, N, K, false),
+                   {MATMUL_STORE}, n, K, N, 0);
+    matmul_dgrad(&mm, dx.device, fp8_operand(dy, sdy, n, N, false), fp8_operand(w, sw, N, K, true),
+                 {MATMUL_STORE}, n, K, N, 0);
+    matmul_wgrad(&mm, dw.device, fp8_operand(dy, sdy, n, N, true), fp8_operand(x, sx, n, K, true),
+                 n, K, N, 0);
+    gpu_compare(y, expected_y, n, N, "n %d, K %d, N %d", n, K, N);
+    gpu_compare(dx, expected_dx, n, K, "n %d, K %d, N %d", n, K, N);
+    gpu_compare(dw, expected_dw, N, K, "n %d, K %d, N %d", n, K, N);
+    gpu_end_case();
+}
+#endif
+
+int main(void) {
+    gpu_test_begin();
+    matmul_init(&mm, &test_gpu);
+    RUN(forward);
+    RUN(dgrad);
+    RUN(wgrad_adds);
+    RUN(batched);
+    RUN(same_bits_again);
+    RUN(more_shapes_than_plans);
+    RUN(capture_in_a_graph);
+#ifndef PRECISION_FP32
+    RUN(fp8_operands);
+#endif
+    matmul_free(&mm);
+    return test_end();
+}
