@@ -1,11 +1,13 @@
 # speedrun.c. `make` builds the programs into build/; `make quickstart` trains a small model;
-# `make test` checks everything that needs no GPU. Needs make and a compiler (cc; CC=clang takes
-# clang); uses OpenMP, PCRE2 and OpenBLAS where they are found (`make doctor` tells).
+# `make test` checks everything that needs no GPU, `make test-gpu` the rest. Needs make and a compiler
+# (cc; CC=clang takes clang), for the GPU nvcc; uses OpenMP, PCRE2, OpenBLAS, cuDNN where they are
+# found (`make doctor` tells). PRECISION=FP32 builds the CUDA trainer that is held against the CPU.
 
-BUILD  ?= build
-CFLAGS ?= -O3 -march=native
-EXTRA  ?=
-WERROR ?=
+BUILD     ?= build
+CFLAGS    ?= -O3 -march=native
+PRECISION ?= BF16
+EXTRA     ?=
+WERROR    ?=
 
 # What this machine has.
 runs    = $(shell printf '$(1)' | $(CC) $(2) -x c - -o /dev/null 2>/dev/null && echo $(3))
@@ -15,24 +17,64 @@ PCRE2_L := $(if $(PCRE2),$(shell pkg-config --libs libpcre2-8))
 BLAS    := $(shell pkg-config --exists openblas 2>/dev/null && echo -DUSE_OPENBLAS $$(pkg-config --cflags openblas))
 BLAS_L  := $(if $(BLAS),$(shell pkg-config --libs openblas))
 
+# CUDA: nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda, and the architectures to build for:
+# ARCH=80,90a, or this machine's GPUs' (9.0 is 90a), or 90a.
+NVCC     := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_DIR := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_LIB := $(patsubst %/libcublasLt.so,%,$(firstword $(wildcard $(addsuffix /libcublasLt.so,$(CUDA_DIR)/lib64 $(CUDA_DIR)/lib /usr/lib/*-linux-gnu))))
+CUDA     := $(and $(NVCC),$(CUDA_LIB))
+CUDA_MISSING = $(if $(NVCC),libcublasLt,nvcc) not found in CUDA_HOME, on the PATH, in /usr/local/cuda
+FIND     := CUDA_HOME="$(or $(CUDA_HOME),$(CUDA_DIR))" dev/find.sh
+GPU_ARCH := $(if $(CUDA),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^9\.0$$/90a/; s/^\([0-9]*\)\.\([0-9][a-z]*\)$$/\1\2/p; /^90a$$/p' | sort -u))
+ARCH     ?= $(or $(GPU_ARCH),90a)
+comma    := ,
+GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
+FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)
+$(if $(filter BF16 FP32,$(PRECISION)),,$(error PRECISION: found $(PRECISION), expected BF16 or FP32))
+
 ALL_CFLAGS = -std=gnu11 $(CFLAGS) -fno-math-errno -Wall -Wextra $(if $(OPENMP),,-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror) -I. -MMD -MP $(OPENMP) $(PCRE2) $(EXTRA)
 LDLIBS     = $(PCRE2_L) -lm -lpthread
+NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
+             $(if $(WERROR),-Werror all-warnings) $(PCRE2)
+CUDA_LIBS  = -L$(CUDA_LIB) -lcublasLt $(if $(filter /usr/%-linux-gnu,$(CUDA_LIB)),,-Xlinker -rpath=$(CUDA_LIB)) $(LDLIBS)
+nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $(filter %.cu %.o,$^) -o $@ $(CUDA_LIBS)
 
-PROGRAMS = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram)
-TESTS    = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
+PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram)
+TESTS      = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
+GPU_HERE   = $(if $(wildcard /dev/nvidia0),need-cuda)
+GPU_TESTS  = $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu)))
 
-.PHONY: all quickstart test test-asan test-mutations bench-cpu doctor readme format clean
-all: $(PROGRAMS)
+.PHONY: all cpu train_gpt2cu quickstart test test-asan test-mutations gpu-tests test-gpu sanitize bench bench-cpu \
+        doctor readme format clean
+all: cpu $(if $(CUDA),train_gpt2cu,no-cuda)
 
-# Everything built depends on this file, which changes only when compiler or flags do.
+# The programs that need no GPU; the CUDA trainer of PRECISION.
+cpu: $(PROGRAMS)
+train_gpt2cu: $(if $(CUDA),$(BUILD)/train_gpt2cu$(FP32),need-cuda)
+no-cuda:
+	@echo "$(CUDA_MISSING): built for the CPU only"
+need-cuda:
+	@echo "$(CUDA_MISSING)" >&2; exit 1
+.PHONY: no-cuda need-cuda
+
+# Everything built depends on one of these, which change only when compiler or flags do.
+STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/gpu/bf16 $(BUILD)/gpu/fp32; \
+        echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
 $(BUILD)/flags: FORCE
-	@mkdir -p $(BUILD)/test $(BUILD)/bench
-	@echo '$(CC) $(ALL_CFLAGS) $(BLAS) $(LDLIBS)' | cmp -s - $@ || echo '$(CC) $(ALL_CFLAGS) $(BLAS) $(LDLIBS)' > $@
+	$(call STAMP,$(CC) $(ALL_CFLAGS) $(BLAS) $(LDLIBS))
+$(BUILD)/flags.cuda: FORCE
+	$(call STAMP,$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS))
 FORCE:
 
 $(BUILD)/train_gpt2: train_gpt2.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
+
+$(BUILD)/train_gpt2cu: train_gpt2.cu $(BUILD)/flags.cuda
+	$(call nvcc)
+
+$(BUILD)/train_gpt2cu_fp32: train_gpt2.cu $(BUILD)/flags.cuda
+	$(call nvcc,-DPRECISION_FP32)
 
 $(BUILD)/%: dev/data/%.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
@@ -47,14 +89,27 @@ $(BUILD)/test/train_gpt2: train_gpt2.c $(BUILD)/flags
 $(BUILD)/bench/%: dev/bench/%.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $(BLAS) $< -o $@ $(BLAS_L) $(LDLIBS)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d)
+# A GPU test: the kernels beside the functions of train_gpt2.c.
+$(BUILD)/gpu/twin.o: dev/test/gpu/twin.c $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) -c $< -o $@
+
+$(BUILD)/gpu/bf16/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
+	$(call nvcc)
+
+$(BUILD)/gpu/fp32/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
+	$(call nvcc,-DPRECISION_FP32)
+
+$(BUILD)/bench/bench_gpu: dev/bench/bench_gpu.cu $(BUILD)/flags.cuda
+	$(call nvcc)
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/gpu/*.d $(BUILD)/gpu/*/*.d)
 
 # Text of this repository -> byte shards -> a small model, its loss beside a bigram model's, a sample.
-quickstart: all
+quickstart: cpu
 	@scripts/quickstart.sh $(BUILD)
 
 # Every test that needs no GPU; the last line is "N passed, N failed".
-test: all $(TESTS) $(BUILD)/test/train_gpt2
+test: cpu $(TESTS) $(BUILD)/test/train_gpt2
 	@BUILD=$(BUILD) dev/test/run.sh $(TESTS)
 
 # The same tests under AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -65,8 +120,21 @@ test-asan:
 test-mutations: $(BUILD)/test/mutate
 	@CC="$(CC)" BUILD=$(BUILD) $(BUILD)/test/mutate dev/test/mutations.txt "$(ALL_CFLAGS)" "$(LDLIBS)"
 
+# The tests that need a GPU, built; and run, both precisions. GRID=small: a few small shapes of each.
+gpu-tests: $(if $(CUDA),$(GPU_TESTS),need-cuda)
+test-gpu: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
+	@dev/test/gpu/run.sh $(if $(CUDA),$(GPU_TESTS))
+
+# The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
+sanitize: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
+	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(if $(CUDA),$(GPU_TESTS))
+
+# Every operation of a step on the GPU: us, GB/s or TFLOP/s, % of the ceiling, share of the step.
+bench: $(if $(CUDA),$(BUILD)/bench/bench_gpu,$(GPU_HERE))
+	@$(if $(CUDA),$<,dev/test/gpu/run.sh)
+
 # Matmul beside OpenBLAS, tokens a second, memory, packing.
-bench-cpu: all $(BUILD)/bench/bench_matmul $(BUILD)/bench/bench_packing
+bench-cpu: cpu $(BUILD)/bench/bench_matmul $(BUILD)/bench/bench_packing
 	@BUILD=$(BUILD) dev/bench/bench_cpu.sh
 
 # What was found on this machine, and what is left out without it.
@@ -75,6 +143,11 @@ doctor:
 	@echo "OpenMP      $(if $(OPENMP),found,not found: one thread)"
 	@echo "PCRE2       $(if $(PCRE2),found,not found: no GPT-2 encoding (byte tokens work); install libpcre2-dev)"
 	@echo "OpenBLAS    $(if $(BLAS),found,not found: make bench-cpu compares with nothing; install libopenblas-dev)"
+	@echo "CUDA        $(if $(CUDA),$$($(NVCC) --version | sed -n 's/.*release \([^ ,]*\),.*/\1/p') in $(CUDA_DIR),$(CUDA_MISSING): no CUDA trainer)"
+	@echo "GPU         $(if $(GPU_ARCH),$$(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs),none here; ARCH= names the one to build for): code for sm_$(subst $(comma), sm_,$(ARCH))"
+	@$(FIND) cudnn          | awk '{ print "cuDNN       " $$3 " at " $$2; found = 1 } END { if (!found) print "cuDNN       not found: no USE_CUDNN=1; set CUDNN_HOME" }'
+	@$(FIND) cudnn-frontend | awk '{ print "  frontend  " $$3 " at " $$1; found = 1 } END { if (!found) print "  frontend  not found: no USE_CUDNN=1; install the wheel nvidia-cudnn-frontend or set CUDNN_FRONTEND_PATH" }'
+	@$(FIND) nccl           | awk '{ print "NCCL        " $$3 " at " $$2 ", not used yet" }'
 
 # README.md's list of flags, from the table.
 readme: $(BUILD)/train_gpt2
@@ -82,7 +155,7 @@ readme: $(BUILD)/train_gpt2
 
 # Source in the style of .clang-format.
 format:
-	clang-format -i train_gpt2.c llmc/*.h dev/*/*.c dev/*/*.h
+	clang-format -i train_gpt2.c train_gpt2.cu llmc/*.h llmc/*.cuh dev/*/*.[ch] dev/*/*.cu dev/*/*/*.c*
 
 # Removes all that was built.
 clean:
