@@ -304,9 +304,10 @@ static inline void run_require_finite(const Run *r, const StepResult *s) {
     die(EXIT_NONFINITE,
         "step %lld: found loss %g and gradient norm %g, first in %s; %s begins in %s at token "
         "%llu; the weights are as before the step%s%s",
-        (long long)r->step, s->loss, s->grad_norm, s->bad_tensor ? s->bad_tensor : "the loss", row,
-        s->origin.path, (unsigned long long)s->origin.token,
-        bad ? ", where the first that is not finite is " : "", bad ? bad->name : "");
+        (long long)r->step, fabs(s->loss), fabs(s->grad_norm),
+        s->bad_tensor ? s->bad_tensor : "the loss", row, s->origin.path,
+        (unsigned long long)s->origin.token, bad ? ", where the first that is not finite is " : "",
+        bad ? bad->name : "");
 }
 
 // One update. Fills in the row's loss, norm and time: that since the step before, or since what
@@ -326,35 +327,16 @@ static inline void run_step(Run *r, LogRow *row) {
 
 static inline bool run_due(int64_t step, int every) { return every > 0 && step % every == 0; }
 
-// After a step: saves when it is time or was asked for. False: the run was told to stop.
-static inline bool run_end_step(Run *r) {
-    const Flags *f = &r->flags;
-    StopRequest asked = stop_poll(f->out);
-    bool last = r->step == r->plan.steps;
-    if (*f->out && (last || asked != STOP_NO || run_due(r->step, f->save_every))) {
-        bool saved = run_save(r);
-        r->clock = log_seconds();
-        if (!saved && (last || asked == STOP_END))
-            die(EXIT_CHECKPOINT,
-                "step %lld, the last one, is not saved; the warning above says why",
-                (long long)r->step);
-        if (saved && asked == STOP_SAVE) printf("saved step %lld, as asked\n", (long long)r->step);
-    }
-    if (asked == STOP_END)
-        printf("stopped behind step %lld, as asked; %s\n", (long long)r->step,
-               *f->out ? "it is saved, and --resume auto goes on from it"
-                       : "nothing was saved, since there is no --out");
-    return asked != STOP_END;
-}
-
-// The rest of the steps. Row s of the log is the state after s updates: its validation, if one is
-// due, and the loss of the batch that makes update s + 1. The last row has no loss. Returns the
-// program's exit code.
+// The rest of the steps, or those until the run is told to stop. Row s of the log is the state
+// after s updates: its validation, if one is due, and the loss of the batch that makes update
+// s + 1. The last row has no loss. Returns the program's exit code.
 static inline int run_train(Run *r) {
     const Flags *f = &r->flags;
-    int64_t first = r->step;
-    for (bool last = false; !last;) {
-        last = r->step == r->plan.steps;
+    const int64_t first = r->step;
+    StopRequest asked = STOP_NO;
+    bool saved = true;
+    while (asked != STOP_END) {
+        bool last = r->step == r->plan.steps;
         bool validate = last || run_due(r->step, f->eval_every),
              sample = last || run_due(r->step, f->sample_every);
         Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
@@ -365,11 +347,24 @@ static inline int run_train(Run *r) {
         if (validate || sample || r->step == first) r->clock = log_seconds();
         if (!last) run_step(r, &row);
         log_row(&r->log, &row);
-        if (!last && r->step == first + 1)
+        if (last) break;
+        if (r->step == first + 1)
             printf("first step %.1f s after the start\n", r->clock - r->started);
-        if (!last && !run_end_step(r)) return EXIT_PREEMPTED;
+        asked = stop_poll(f->out);
+        bool save = asked != STOP_NO || r->step == r->plan.steps || run_due(r->step, f->save_every);
+        if (!save || !*f->out) continue;
+        saved = run_save(r);
+        r->clock = log_seconds();
+        if (saved && asked == STOP_SAVE) printf("saved step %lld, as asked\n", (long long)r->step);
     }
-    return EXIT_OK;
+    if (!saved)
+        die(EXIT_CHECKPOINT, "step %lld, the last one, is not saved; the warning above says why",
+            (long long)r->step);
+    if (asked != STOP_END) return EXIT_OK;
+    printf("stopped behind step %lld, as asked; %s\n", (long long)r->step,
+           *f->out ? "it is saved, and --resume auto goes on from it"
+                   : "nothing is saved, since there is no --out");
+    return EXIT_PREEMPTED;
 }
 
 // --dump: one step, and everything that goes into it and comes out of it. NaN and Inf are written
@@ -476,6 +471,7 @@ static inline int run_main(Model *model, int argc, char **argv) {
     static Run run;
     int code = EXIT_OK;
     run.started = log_seconds(), run.model = model;
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);  // what is said is seen, in a file, too
     stop_listen();
     run_configure(&run, argc, argv);
     if (run.flags.dry_run) {

@@ -153,6 +153,8 @@ TEST(a_run_leaves_its_log_its_facts_and_its_save) {
               "meta.json model.safetensors optim_rank000.safetensors");
     read_log(&csv, in_dir("new/out"));
     CHECK_INT(csv.rows, 13);
+    CHECK_INT(count_said("first step "), 1);
+    CHECK_NOT_SAID("mfu");  // of a CPU there is none
     for (int i = 0; i < 13; i++) {
         CHECK_INT(atoi(csv.cell[i][STEP]), i);
         CHECK_INT(atoi(csv.cell[i][TOKENS]), 64 * i);

@@ -496,6 +496,18 @@ TEST(padding_is_zero) {
     }
 }
 
+TEST(what_is_not_finite_is_found) {
+    Filled m = fill(2, 1, true);
+    const Tensor *x;
+    size_t at = (size_t)(values(&m, WFC, 1, &x) - m.params) + tensor_numel(x);
+    CHECK(table_find_nonfinite(&m.table, m.params) == NULL);
+    m.params[at] = INFINITY;  // the first of the next one
+    CHECK_STR(table_find_nonfinite(&m.table, m.params)->name, "layers.1.wproj");
+    m.params[at - 1] = NAN;
+    CHECK_STR(table_find_nonfinite(&m.table, m.params)->name, "layers.1.wfc");
+    filled_free(&m);
+}
+
 TEST(matrices_with_as_many_rows_as_the_vocabulary_are_whole) {
     Flags f = flags_of_depth(1);
     f.channels = 128, f.heads = 1, f.vocab = 100;  // Vp = C = 128
@@ -552,6 +564,7 @@ int main(void) {
     RUN(one_layer_takes_the_ramps_start);
     RUN(backout_is_frozen_at_0_below_three_layers);
     RUN(padding_is_zero);
+    RUN(what_is_not_finite_is_found);
     RUN(matrices_with_as_many_rows_as_the_vocabulary_are_whole);
     RUN(values_are_a_function_of_seed_tensor_and_element);
     return test_end();

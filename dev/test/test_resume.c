@@ -284,8 +284,9 @@ TEST(other_data_than_the_saves_is_named) {
 // ---------------------------------------------------------------------------------------------
 // Not a number.
 
-// Fills a tensor of a save with one value, and seals the save again.
-static void fill_tensor(const char *save, const char *name, double value) {
+// Gives the elements first .. end-1 of a tensor of a save one value, and seals the save again.
+static void fill_elements(const char *save, const char *name, uint64_t first, uint64_t end,
+                          double value) {
     StFile f;
     StTensor tensors[64];
     CkptMeta meta;
@@ -295,7 +296,8 @@ static void fill_tensor(const char *save, const char *name, double value) {
     for (int i = 0; i < f.count; i++) {
         const StTensor *t;
         float *x = (float *)read_tensor(&f, f.tensors[i].name, &t);
-        for (uint64_t e = 0; !strcmp(t->name, name) && e < (t->end - t->begin) / sizeof *x; e++)
+        uint64_t count = (t->end - t->begin) / sizeof *x;
+        for (uint64_t e = first; !strcmp(t->name, name) && e < end && e < count; e++)
             x[e] = (float)value;
         tensors[i] = st_tensor(t->name, t->dtype, t->ndim, t->shape, x);
     }
@@ -304,6 +306,10 @@ static void fill_tensor(const char *save, const char *name, double value) {
         die(1, "%s", io_error);
     for (int i = 0; i < f.count; i++) free((void *)tensors[i].data);
     st_close(&f), ckpt_meta_free(&meta);
+}
+
+static void fill_tensor(const char *save, const char *name, double value) {
+    fill_elements(save, name, 0, UINT64_MAX, value);
 }
 
 // What is saved is finite, and the run can go on from it.
@@ -350,10 +356,33 @@ TEST(a_gradient_that_is_not_finite_is_named) {
               EXIT_NONFINITE);
     CHECK_SAID("error: step 1: found loss ");
     CHECK_NOT_SAID("found loss nan");
-    CHECK_SAID("gradient norm inf, first in resid_lambda;");
+    CHECK_SAID("gradient norm inf, first in resid_lambda; the step begins in ");
     CHECK_STR(listing(in_dir("out/ckpt")), "step_00000001");
     read_log(&csv, in_dir("out"));
     CHECK_INT(csv.rows, 1);
+}
+
+// Row r of stream is tokens 16 r .. 16 r + 16. A z stands in row 6 alone, which is row 2 of step 1;
+// its embedding is not a number.
+TEST(a_row_whose_loss_is_not_finite_is_named) {
+    uint16_t tokens[200];
+    char flags[700];
+    for (int i = 0; i < 200; i++) tokens[i] = (uint16_t)(i == 101 ? 'z' : i ? 'a' + i % 7 : 256);
+    write_shard(in_dir("z.bin"), tokens, 200);
+    for (int micro_batch = 1; micro_batch <= 4; micro_batch *= 2) {
+        snprintf(flags, sizeof flags, "--train %s --packing stream --micro-batch %d --out %s",
+                 in_dir("z.bin"), micro_batch, in_dir("out"));
+        train_well("%s --steps 1", flags);
+        fill_elements(save_of("out", 1), "wte", 'z' * 32 + 7, 'z' * 32 + 8, NAN);
+        CHECK_INT(run("%s %s --resume auto --save-every 1", train(), flags), EXIT_NONFINITE);
+        CHECK_SAID("error: step 1: found loss nan and gradient norm ");
+        CHECK_SAID(", first in the loss; row 2 of the step begins in ");
+        CHECK_SAID("/z.bin at token 96; the weights are as before the step, where the first that "
+                   "is not finite is wte\n");
+        CHECK_INT(count_said("error: "), 1);
+        CHECK_STR(listing(in_dir("out/ckpt")), "step_00000001");
+        CHECK_INT(io_remove(in_dir("out")), 0);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -405,7 +434,7 @@ TEST(a_run_with_a_full_disk_at_any_call_goes_on_to_the_same_end) {
         if (code) CHECK(count_said("error: ") == 1 && count_said("No space left on device"));
         CHECK(code == 0 || code == EXIT_DATA || code == EXIT_CHECKPOINT ||
               (code == EXIT_USAGE && count_said("--out: ")));
-        lost += count_said("is not saved, training goes on: "), ended += code != 0;
+        lost += count_said("is not saved: "), ended += code != 0;
         check_goes_on("out", "whole");
         CHECK_INT(io_remove(in_dir("out")), 0);
     }
@@ -421,8 +450,8 @@ TEST(a_disk_that_stays_full_does_not_stop_training) {
     CHECK_INT(io_remove(save_of("out", 12)) || io_remove(save_of("out", 8)), 0);
     int code = run("(trap '' XFSZ; ulimit -f 64; exec %s --out %s --resume auto --save-every 2)",
                    train(), in_dir("out"));
-    CHECK_INT(count_said("is not saved, training goes on"), 4);  // after steps 6, 8, 10, 12
-    CHECK_INT(code, EXIT_CHECKPOINT);                            // the last of them is an error
+    CHECK_INT(count_said("is not saved: "), 4);  // after steps 6, 8, 10, 12
+    CHECK_INT(code, EXIT_CHECKPOINT);            // the last of them is an error
     CHECK_STR(listing(in_dir("out/ckpt")), "step_00000004");
     read_log(&whole, in_dir("whole"));
     read_log(&csv, in_dir("out"));
@@ -453,6 +482,7 @@ int main(void) {
     RUN_IN_DIR(other_data_than_the_saves_is_named);
     RUN_IN_DIR(a_run_that_diverges_ends_before_it_saves_what_is_not_finite);
     RUN_IN_DIR(a_gradient_that_is_not_finite_is_named);
+    RUN_IN_DIR(a_row_whose_loss_is_not_finite_is_named);
     RUN_IN_DIR(a_run_killed_at_any_call_goes_on_to_the_same_end);
     RUN_IN_DIR(a_run_with_a_full_disk_at_any_call_goes_on_to_the_same_end);
     RUN_IN_DIR(a_disk_that_stays_full_does_not_stop_training);
