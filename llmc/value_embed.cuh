@@ -20,7 +20,7 @@
 #include "llmc/embed.cuh"  // EmbedIndex, embed_sum_row, embed_add_partials
 #include "llmc/model.h"    // GATE_CHANNELS
 
-constexpr int VALUE_THREADS = 256;
+constexpr int VALUE_THREADS = 128;
 constexpr int VALUE_AHEAD = 4;  // tokens on their way to a team
 constexpr int GATE_TOKENS = 128, GATE_THREADS = 128;
 
@@ -30,8 +30,7 @@ template <int D> constexpr int TEAM_WIDTH = D ? VEC : 1;  // numbers a lane
 
 // Sum over the lanes of a team, in each of them. Other teams of the warp may be elsewhere.
 template <int LANES> __device__ __forceinline__ float team_sum(float x) {
-    unsigned first = threadIdx.x % WARP / LANES * LANES, mask = FULL_WARP >> (WARP - LANES)
-                                                                                 << first;
+    unsigned mask = FULL_WARP >> (WARP - LANES) << threadIdx.x % WARP / LANES * LANES;
 #pragma unroll
     for (int d = LANES / 2; d > 0; d /= 2) x += __shfl_xor_sync(mask, x, d);
     return x;
@@ -83,7 +82,7 @@ static __global__ void __launch_bounds__(VALUE_THREADS)
 // A team takes a head of a piece of a token's positions: the token's row of the table stays in
 // registers while the positions pass by.
 template <int D>
-static __global__ void __launch_bounds__(VALUE_THREADS, 3)
+static __global__ void __launch_bounds__(VALUE_THREADS, 5)
     value_embed_backward_kernel(float *dtable, float *partials, float *dz, const floatX *dv,
                                 const float *gate, const floatX *table, EmbedIndex index, int H,
                                 int any_D, int ld) {
