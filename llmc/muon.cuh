@@ -52,6 +52,7 @@ enum {
 typedef struct {
     int R, K;
     bool gate;           // the whole matrix by one block
+    float lr_scale;      // sqrt(max(1, R/K))
     int count, batch;    // matrices; those of a chunk
     int lines;           // max(R, K): rows where R >= K, else columns
     int segments;        // in which the squares of a line are added up
@@ -244,6 +245,7 @@ static inline MuonShape *muon_shape_of(Muon *m, const Tensor *x) {
     MuonShape *s = &m->shape[i];
     if (i == m->shapes) m->shapes++;
     s->R = x->rows, s->K = x->cols, s->gate = x->role == VE_GATE;
+    s->lr_scale = (float)sqrt(fmax(1, (double)s->R / s->K));
     return s;
 }
 
@@ -341,7 +343,24 @@ static inline double muon_flops(const Muon *m) {
     return flops;
 }
 
-// Step 3 behind the division, on a chunk. Returns where X ends up.
+// Steps 1, 2 and the division of step 3, on matrices from .. from + batch - 1 of a shape: buf and
+// s->x.
+static inline void muon_begin(const MuonShape *s, MuonArenas arena, const StepState *step, int from,
+                              int batch, cudaStream_t stream) {
+    const MuonMatrix *matrix = s->matrix + from;
+    int R = s->R, K = s->K, rows = batch * R, blocks = ceil_div(rows, (int)MUON_ROWS);
+    muon_momentum_kernel<<<blocks, MUON_THREADS, 0, stream>>>(s->squares, arena.first, arena.grads,
+                                                              matrix, step, rows, R, K);
+    CUDA_LAUNCHED();
+    muon_row_factors_kernel<<<batch, MUON_LINE_THREADS, 0, stream>>>(s->factor, s->squares, step,
+                                                                     R);
+    CUDA_LAUNCHED();
+    muon_scale_kernel<<<blocks, MUON_THREADS, 0, stream>>>(s->x, s->factor, arena.first,
+                                                           arena.grads, matrix, step, rows, R, K);
+    CUDA_LAUNCHED();
+}
+
+// The rest of step 3: from s->x to what is returned, s->x or s->next.
 static inline const floatX *muon_polar_express(const MuonShape *s, Matmul *m, int batch,
                                                cudaStream_t stream) {
     int R = s->R, K = s->K, side = R < K ? R : K;
@@ -362,38 +381,25 @@ static inline const floatX *muon_polar_express(const MuonShape *s, Matmul *m, in
     return x;
 }
 
-// Matrices from .. from + batch - 1 of a shape.
-static inline void muon_chunk(const MuonShape *s, Matmul *m, MuonArenas arena,
-                              const StepState *step, float lr_scale, int from, int batch,
-                              cudaStream_t stream) {
-    int R = s->R, K = s->K, rows = batch * R, side = R < K ? R : K;
-    unsigned row_blocks = (unsigned)ceil_div(rows, (int)MUON_ROWS);
+// Steps 4 to 6: s, w and its working copy.
+static inline void muon_end(const MuonShape *s, const floatX *x /* (batch, R, K) */,
+                            MuonArenas arena, const StepState *step, int from, int batch,
+                            cudaStream_t stream) {
     const MuonMatrix *matrix = s->matrix + from;
-    muon_momentum_kernel<<<row_blocks, MUON_THREADS, 0, stream>>>(
-        s->squares, arena.first, arena.grads, matrix, step, rows, R, K);
-    CUDA_LAUNCHED();
-    muon_row_factors_kernel<<<(unsigned)batch, MUON_LINE_THREADS, 0, stream>>>(s->factor,
-                                                                               s->squares, step, R);
-    CUDA_LAUNCHED();
-    muon_scale_kernel<<<row_blocks, MUON_THREADS, 0, stream>>>(
-        s->x, s->factor, arena.first, arena.grads, matrix, step, rows, R, K);
-    CUDA_LAUNCHED();
-    const floatX *x = muon_polar_express(s, m, batch, stream);
+    int R = s->R, K = s->K, rows = batch * R, blocks = ceil_div(rows, (int)MUON_ROWS);
     if (R >= K) {
-        muon_row_squares_kernel<<<row_blocks, MUON_THREADS, 0, stream>>>(s->squares, x, step, rows,
-                                                                         K);
+        muon_row_squares_kernel<<<blocks, MUON_THREADS, 0, stream>>>(s->squares, x, step, rows, K);
     } else {
-        dim3 blocks((unsigned)ceil_div(K, VEC * (int)MUON_COLUMN_THREADS), (unsigned)s->segments,
-                    (unsigned)batch);
-        muon_column_squares_kernel<<<blocks, MUON_COLUMN_THREADS, 0, stream>>>(s->squares, x, step,
-                                                                               R, K);
+        dim3 grid(ceil_div(K, VEC * MUON_COLUMN_THREADS), s->segments, batch);
+        muon_column_squares_kernel<<<grid, MUON_COLUMN_THREADS, 0, stream>>>(s->squares, x, step, R,
+                                                                             K);
     }
     CUDA_LAUNCHED();
-    muon_line_factors_kernel<<<(unsigned)batch, MUON_LINE_THREADS, 0, stream>>>(
-        s->factor, s->squares, arena.second, matrix, step, s->segments, s->lines, side);
+    muon_line_factors_kernel<<<batch, MUON_LINE_THREADS, 0, stream>>>(
+        s->factor, s->squares, arena.second, matrix, step, s->segments, s->lines, R < K ? R : K);
     CUDA_LAUNCHED();
-    muon_apply_kernel<<<row_blocks, MUON_THREADS, 0, stream>>>(
-        arena.params, arena.weights, x, s->factor, matrix, step, lr_scale, rows, R, K);
+    muon_apply_kernel<<<blocks, MUON_THREADS, 0, stream>>>(
+        arena.params, arena.weights, x, s->factor, matrix, step, s->lr_scale, rows, R, K);
     CUDA_LAUNCHED();
 }
 
@@ -408,14 +414,15 @@ static inline void muon_update(Muon *m, Matmul *matmul,
     MuonArenas arena = {params, weights, grads, first, second};
     for (int i = 0; i < m->shapes; i++) {
         const MuonShape *s = &m->shape[i];
-        float lr_scale = (float)sqrt(fmax(1, (double)s->R / s->K));
         if (s->gate) {
-            muon_gate_update(arena, s->matrix, step, lr_scale, s->R, s->K, s->count, stream);
+            muon_gate_update(arena, s->matrix, step, s->lr_scale, s->R, s->K, s->count, stream);
             continue;
         }
         for (int from = 0; from < s->count; from += s->batch) {
             int batch = s->count - from < s->batch ? s->count - from : s->batch;
-            muon_chunk(s, matmul, arena, step, lr_scale, from, batch, stream);
+            muon_begin(s, arena, step, from, batch, stream);
+            muon_end(s, muon_polar_express(s, matmul, batch, stream), arena, step, from, batch,
+                     stream);
         }
     }
 }
