@@ -24,7 +24,7 @@ CUDA_DIR := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_LIB := $(patsubst %/libcublasLt.so,%,$(firstword $(wildcard $(addsuffix /libcublasLt.so,$(CUDA_DIR)/lib64 $(CUDA_DIR)/lib /usr/lib/*-linux-gnu))))
 CUDA     := $(and $(NVCC),$(CUDA_LIB))
 CUDA_MISSING = $(if $(NVCC),libcublasLt,nvcc) not found in CUDA_HOME, on the PATH, in /usr/local/cuda
-FIND     := CUDA_HOME="$(or $(CUDA_HOME),$(CUDA_DIR))" dev/find.sh
+FIND     := $(foreach v,CUDNN_HOME NCCL_HOME CUDNN_FRONTEND_PATH,$(v)="$($(v))") CUDA_HOME="$(or $(CUDA_HOME),$(CUDA_DIR))" dev/find.sh
 GPU_ARCH := $(if $(CUDA),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^9\.0$$/90a/; s/^\([0-9]*\)\.\([0-9][a-z]*\)$$/\1\2/p; /^90a$$/p' | sort -u))
 ARCH     ?= $(or $(GPU_ARCH),90a)
 comma    := ,
@@ -32,18 +32,29 @@ GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),c
 FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)
 $(if $(filter BF16 FP32,$(PRECISION)),,$(error PRECISION: found $(PRECISION), expected BF16 or FP32))
 
+# USE_CUDNN=1: the BF16 trainer's attention is cuDNN's.
+ifdef USE_CUDNN
+CUDNN    := $(shell $(FIND) cudnn)
+FRONTEND := $(shell $(FIND) cudnn-frontend)
+$(if $(or $(and $(CUDNN),$(FRONTEND)),$(filter doctor,$(MAKECMDGOALS))),,$(error USE_CUDNN=1: found no $(if $(CUDNN),cudnn-frontend,cuDNN); make doctor tells what to do))
+CUDNN_O  := $(BUILD)/cudnn_attention.o
+CUDNN_L  := $(word 2,$(CUDNN)) -Xlinker -rpath=$(dir $(word 2,$(CUDNN))) -lnvrtc
+endif
+
 ALL_CFLAGS = -std=gnu11 $(CFLAGS) -fno-math-errno -Wall -Wextra $(if $(OPENMP),,-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror) -I. -MMD -MP $(OPENMP) $(PCRE2) $(EXTRA)
 LDLIBS     = $(PCRE2_L) -lm -lpthread
 NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror all-warnings) $(PCRE2)
 CUDA_LIBS  = -L$(CUDA_LIB) -lcublasLt $(if $(filter /usr/%-linux-gnu,$(CUDA_LIB)),,-Xlinker -rpath=$(CUDA_LIB)) $(LDLIBS)
-nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $(filter %.cu %.o,$^) -o $@ $(CUDA_LIBS)
+nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $(filter %.cu %.o,$^) -o $@ \
+             $(if $(filter $(CUDNN_O),$^),$(CUDNN_L)) $(CUDA_LIBS)
 
 PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram)
 TESTS      = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
 GPU_HERE   = $(if $(wildcard /dev/nvidia0),need-cuda)
-GPU_TESTS  = $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu)))
+GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
+             $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu))))
 
 .PHONY: all cpu train_gpt2cu quickstart test test-asan test-mutations gpu-tests test-gpu sanitize bench bench-cpu \
         doctor readme format clean
@@ -64,14 +75,14 @@ STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/gpu/bf16 $(BUILD)/gpu/fp
 $(BUILD)/flags: FORCE
 	$(call STAMP,$(CC) $(ALL_CFLAGS) $(BLAS) $(LDLIBS))
 $(BUILD)/flags.cuda: FORCE
-	$(call STAMP,$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS))
+	$(call STAMP,$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS) $(CUDNN) $(FRONTEND))
 FORCE:
 
 $(BUILD)/train_gpt2: train_gpt2.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
 
-$(BUILD)/train_gpt2cu: train_gpt2.cu $(BUILD)/flags.cuda
-	$(call nvcc)
+$(BUILD)/train_gpt2cu: train_gpt2.cu $(CUDNN_O) $(BUILD)/flags.cuda
+	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN))
 
 $(BUILD)/train_gpt2cu_fp32: train_gpt2.cu $(BUILD)/flags.cuda
 	$(call nvcc,-DPRECISION_FP32)
@@ -99,8 +110,13 @@ $(BUILD)/gpu/bf16/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 $(BUILD)/gpu/fp32/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 	$(call nvcc,-DPRECISION_FP32)
 
-$(BUILD)/bench/bench_gpu: dev/bench/bench_gpu.cu $(BUILD)/flags.cuda
-	$(call nvcc)
+$(BUILD)/bench/bench_gpu: dev/bench/bench_gpu.cu $(CUDNN_O) $(BUILD)/flags.cuda
+	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN))
+
+$(BUILD)/gpu/bf16/test_cudnn_attention: $(CUDNN_O)
+$(BUILD)/cudnn_attention.o: llmc/cudnn_attention.cpp $(BUILD)/flags.cuda
+	$(CXX) -std=c++20 -O1 -Wall -Wextra $(if $(WERROR),-Werror) -I. -isystem $(CUDA_DIR)/include -isystem $(word 1,$(CUDNN)) \
+	    -isystem $(word 1,$(FRONTEND)) -DCUDNN_FRONTEND_SKIP_JSON_LIB -MMD -MP -c $< -o $@
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/gpu/*.d $(BUILD)/gpu/*/*.d)
 
@@ -127,7 +143,7 @@ test-gpu: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
 
 # The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
 sanitize: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
-	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(if $(CUDA),$(GPU_TESTS))
+	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(if $(CUDA),$(filter-out %_cudnn_attention,$(GPU_TESTS)))
 
 # Every operation of a step on the GPU: us, GB/s or TFLOP/s, % of the ceiling, share of the step.
 bench: $(if $(CUDA),$(BUILD)/bench/bench_gpu,$(GPU_HERE))
