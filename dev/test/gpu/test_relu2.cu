@@ -1,0 +1,68 @@
+// test_relu2.cu: ReLU^2 (llmc/relu2.cuh).
+#include "dev/test/gpu/test_tokens.cuh"
+#include "llmc/relu2.cuh"  // relu2_forward, relu2_backward
+
+static const int all_counts[] = {
+    8, 16, FLAT_BLOCK - 8, FLAT_BLOCK, FLAT_BLOCK + 8, 5 * FLAT_BLOCK + 128, 1 << 20};
+
+// Normal numbers, and every fifth of them 0.
+static GpuArray<floatX> some_zeros(const char *name, int count) {
+    GpuArray<floatX> x = gpu_normal<floatX>(name, count, 2);
+    for (int i = 0; i < count; i += 5) x.host[i] = 0;
+    return gpu_copy<floatX>(name, x.host, count);
+}
+
+TEST(forward) {
+    for (int count : all_counts) {
+        if (grid_small && count > 2 * FLAT_BLOCK) continue;
+        GpuArray<floatX> x = some_zeros("x", count);
+        GpuArray<floatX> y = gpu_poisoned<floatX>("y", count);
+        float *expected = gpu_expected(count);
+        relu2_forward(y.device, x.device, count, 0);
+        cpu::relu2_forward(expected, x.host, count);
+        gpu_compare(y, expected, 1, count, "count %d", count);
+        for (int i = 0; i < count; i++)
+            if ((x.host[i] <= 0) != (y.host[i] == 0)) {
+                CHECK_INT(i, -1);  // 0 where x is not positive, and there only
+                break;
+            }
+        gpu_end_case();
+    }
+}
+
+TEST(backward) {
+    for (int count : all_counts) {
+        if (grid_small && count > 2 * FLAT_BLOCK) continue;
+        GpuArray<floatX> x = some_zeros("x", count);
+        GpuArray<floatX> dx = gpu_normal<floatX>("dx", count, 1);
+        GpuArray<floatX> y = gpu_poisoned<floatX>("y", count);
+        float *dx_expected = gpu_expected(count), *y_expected = gpu_expected(count);
+        cpu::relu2_backward(dx_expected, dx.host, x.host, count);
+        cpu::relu2_forward(y_expected, x.host, count);
+        relu2_backward(dx.device, y.device, x.device, count, 0);
+        gpu_compare(dx, dx_expected, 1, count, "count %d", count);
+        gpu_compare(y, y_expected, 1, count, "count %d", count);
+        for (int i = 0; i < count; i++)
+            if (x.host[i] <= 0 && (dx.host[i] != 0 || y.host[i] != 0)) {
+                CHECK_INT(i, -1);  // 0 where x is not positive
+                break;
+            }
+        gpu_end_case();
+    }
+}
+
+static void lines(int n, int C) {
+    size_t count = (size_t)n * 4 * C;
+    floatX *x = bench_array<floatX>(count), *y = bench_array<floatX>(count),
+           *dx = bench_array<floatX>(count);
+    bench("relu2_forward", n, C, 2 * 4, [=] { relu2_forward(y, x, count, 0); });
+    bench("relu2_backward", n, C, 4 * 4, [=] { relu2_backward(dx, y, x, count, 0); });
+}
+
+int main(int argc, char **argv) {
+    gpu_test_begin();
+    bench_if_asked(argc, argv, lines);
+    RUN(forward);
+    RUN(backward);
+    return test_end();
+}

@@ -1,0 +1,203 @@
+// test_residual.cu: the sums of the residual stream and their norms (llmc/residual.cuh).
+#include "dev/test/gpu/test_tokens.cuh"
+#include "llmc/residual.cuh"  // mix_norm_*, backout_norm_*, add_forward
+
+static const float lambda = 1.125f, lambda0 = -0.3f, before = 3;  // before: what gradients hold
+
+// sum |a_i b_i|: what <a, b> is held against.
+static float sum_of_sizes(const float *a, const float *b, size_t count) {
+    double sum = 0;
+    for (size_t i = 0; i < count; i++) sum += fabs((double)a[i] * b[i]);
+    return (float)sum;
+}
+
+static void round_all(float *x, size_t count) {
+    floatX rounded;
+    for (size_t i = 0; i < count; i++) from_host(&rounded, x[i]), to_host(&x[i], rounded);
+}
+
+// one_buffer: x_in is x0, as in the first layer.
+static void check_mix_forward(int n, int C, bool one_buffer) {
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> x_in = gpu_normal<floatX>("x_in", nC, 1);
+    GpuArray<floatX> x0 = one_buffer ? x_in : gpu_normal<floatX>("x0", nC, 1);
+    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+    GpuArray<float> l0 = gpu_copy<float>("lambda0", &lambda0, 1);
+    GpuArray<floatX> x = gpu_poisoned<floatX>("x", nC), h = gpu_poisoned<floatX>("h", nC);
+    GpuArray<float> r = gpu_poisoned<float>("r", n);
+    float *x_expected = gpu_expected(nC), *h_expected = gpu_expected(nC);
+    float *r_expected = gpu_expected(n);
+    mix_norm_forward(x.device, h.device, r.device, x_in.device, x0.device, l.device, l0.device, n,
+                     C, 0);
+    cpu::mix_forward(x_expected, x_in.host, x0.host, lambda, lambda0, (int64_t)nC);
+    round_all(x_expected, nC);
+    cpu::norm_forward(h_expected, r_expected, x_expected, n, C);
+    r.tolerance = TOLERANCE_X;
+    gpu_compare(x, x_expected, n, C, "n %d, C %d, one buffer %d", n, C, one_buffer);
+    gpu_compare(h, h_expected, n, C, "n %d, C %d, one buffer %d", n, C, one_buffer);
+    gpu_compare(r, r_expected, n, 1, "n %d, C %d, one buffer %d", n, C, one_buffer);
+    gpu_end_case();
+}
+
+static void check_mix_backward(int n, int C, bool one_buffer) {
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> x_in = gpu_normal<floatX>("x_in", nC, 1);
+    GpuArray<floatX> x0 = one_buffer ? x_in : gpu_normal<floatX>("x0", nC, 1);
+    GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
+    GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1), dx0 = gpu_normal<floatX>("dx0", nC, 1);
+    GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
+    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+    GpuArray<float> l0 = gpu_copy<float>("lambda0", &lambda0, 1);
+    GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
+    GpuArray<float> dl0 = gpu_copy<float>("dlambda0", &before, 1);
+    void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
+
+    float *d = gpu_expected(nC), *d0 = gpu_expected(nC), dlambda = before, dlambda0 = before;
+    memcpy(d, dx.host, nC * sizeof *d), memcpy(d0, dx0.host, nC * sizeof *d0);
+    cpu::norm_backward(d, dh.host, h.host, r.host, n, C, true);
+    float size = sum_of_sizes(d, x_in.host, nC), size0 = sum_of_sizes(d, x0.host, nC);
+    cpu::mix_backward(d, d0, &dlambda, &dlambda0, d, x_in.host, x0.host, lambda, lambda0,
+                      gpu_expected<double>(n), n, C);
+    mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dh.device, h.device, r.device,
+                      x_in.device, x0.device, l.device, l0.device, scratch, n, C, 0);
+    char shape[80];
+    snprintf(shape, sizeof shape, "n %d, C %d, one buffer %d", n, C, one_buffer);
+    gpu_compare(dx, d, n, C, "%s", shape);
+    gpu_compare(dx0, d0, n, C, "%s", shape);
+    gpu_compare_sums(dl, &dlambda, &size, 1, shape);
+    gpu_compare_sums(dl0, &dlambda0, &size0, 1, shape);
+    gpu_end_case();
+}
+
+static void check_mix(int n, int C) {
+    for (bool one_buffer : {false, true}) {
+        check_mix_forward(n, C, one_buffer);
+        check_mix_backward(n, C, one_buffer);
+    }
+}
+
+// has: there is an x_middle.
+static void check_backout_forward(int n, int C, bool has) {
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 3);
+    GpuArray<floatX> middle = gpu_normal<floatX>("x_middle", nC, 2);
+    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+    GpuArray<floatX> hf = gpu_poisoned<floatX>("hf", nC);
+    GpuArray<float> rf = gpu_poisoned<float>("rf", n);
+    float *y = gpu_expected(nC), *hf_expected = gpu_expected(nC), *rf_expected = gpu_expected(n);
+    backout_norm_forward(hf.device, rf.device, x.device, has ? middle.device : NULL, l.device, n, C,
+                         0);
+    cpu::backout_forward(y, x.host, middle.host, has ? lambda : 0, (int64_t)nC);
+    cpu::norm_forward(hf_expected, rf_expected, y, n, C);
+    gpu_compare(hf, hf_expected, n, C, "n %d, C %d, backout %d", n, C, has);
+    gpu_compare(rf, rf_expected, n, 1, "n %d, C %d, backout %d", n, C, has);
+    gpu_end_case();
+}
+
+static void check_backout_backward(int n, int C, bool has) {
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> dhf = gpu_normal<floatX>("dhf", nC, 1), hf = gpu_normal<floatX>("hf", nC, 1);
+    GpuArray<floatX> middle = gpu_normal<floatX>("x_middle", nC, 2);
+    GpuArray<float> rf = gpu_random<float>("rf", n, 0.5, 2);
+    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+    GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
+    GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", nC), dxb = gpu_poisoned<floatX>("dxb", nC);
+    void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
+
+    float *d = gpu_expected(nC), *db = gpu_expected(nC), dlambda = before;
+    cpu::norm_backward(d, dhf.host, hf.host, rf.host, n, C, false);
+    float size = has ? sum_of_sizes(d, middle.host, nC) : 0;
+    if (has)
+        cpu::backout_backward(db, &dlambda, d, middle.host, lambda, gpu_expected<double>(n), n, C);
+    backout_norm_backward(dx.device, has ? dxb.device : NULL, dl.device, dhf.device, hf.device,
+                          rf.device, has ? middle.device : NULL, l.device, scratch, n, C, 0);
+    char shape[80];
+    snprintf(shape, sizeof shape, "n %d, C %d, backout %d", n, C, has);
+    gpu_compare(dx, d, n, C, "%s", shape);
+    if (has) gpu_compare(dxb, db, n, C, "%s", shape);
+    gpu_compare_sums(dl, &dlambda, &size, 1, shape);
+    gpu_end_case();
+}
+
+static void check_backout(int n, int C) {
+    for (bool has : {false, true}) {
+        check_backout_forward(n, C, has);
+        check_backout_backward(n, C, has);
+    }
+}
+
+TEST(mix_norm) { each_shape(check_mix); }
+TEST(backout_norm) { each_shape(check_backout); }
+
+// So many tokens that blocks take several in turn and their sums are many.
+TEST(sums_over_many_tokens) {
+    if (grid_small) SKIP("GRID=small");
+    check_mix_backward(40000, 128, false);
+    check_mix_backward(5003, 1536, false);
+    check_backout_backward(40000, 128, true);
+}
+
+TEST(same_bits_again) {
+    int n = 777, C = 768;
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 1), dh = gpu_normal<floatX>("dh", nC, 1);
+    GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
+    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+    void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
+    float first[2];
+    for (int run = 0; run < 5; run++) {
+        GpuArray<floatX> dx = gpu_copy<floatX>("dx", dh.host, nC);
+        GpuArray<floatX> dx0 = gpu_copy<floatX>("dx0", dh.host, nC);
+        GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
+        GpuArray<float> dl0 = gpu_copy<float>("dlambda0", &before, 1);
+        mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dh.device, x.device,
+                          r.device, x.device, dh.device, l.device, l.device, scratch, n, C, 0);
+        float now[2] = {*gpu_read(dl), *gpu_read(dl0)};
+        if (run == 0) memcpy(first, now, sizeof first);
+        CHECK(!memcmp(first, now, sizeof first));
+    }
+    gpu_end_case();
+}
+
+TEST(add) {
+    for (int count : {8, FLAT_BLOCK - 8, FLAT_BLOCK, FLAT_BLOCK + 8, 3 * FLAT_BLOCK + 1000}) {
+        GpuArray<floatX> x = gpu_normal<floatX>("x", count, 1);
+        GpuArray<floatX> y = gpu_normal<floatX>("y", count, 1);
+        float *expected = gpu_expected(count);
+        memcpy(expected, y.host, count * sizeof *expected);
+        cpu::add_forward(expected, x.host, count);
+        add_forward(y.device, x.device, count, 0);
+        gpu_compare(y, expected, 1, count, "count %d", count);
+        gpu_end_case();
+    }
+}
+
+static void lines(int n, int C) {
+    size_t nC = (size_t)n * C;
+    floatX *a[6];
+    for (floatX *&x : a) x = bench_array<floatX>(nC);
+    float *r = bench_array<float>(n), *l = bench_array<float>(1), *dl = bench_array<float>(2);
+    void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
+    bench("mix_norm_forward", n, C, 4,
+          [=] { mix_norm_forward(a[0], a[1], r, a[2], a[3], l, l, n, C, 0); });
+    bench("mix_norm_backward", n, C, 8, [=] {
+        mix_norm_backward(a[0], a[1], dl, dl + 1, a[2], a[3], r, a[4], a[5], l, l, scratch, n, C,
+                          0);
+    });
+    bench("backout_norm_forward", n, C, 3,
+          [=] { backout_norm_forward(a[0], r, a[1], a[2], l, n, C, 0); });
+    bench("backout_norm_backward", n, C, 5,
+          [=] { backout_norm_backward(a[0], a[1], dl, a[2], a[3], r, a[4], l, scratch, n, C, 0); });
+    bench("add_forward", n, C, 3, [=] { add_forward(a[0], a[1], nC, 0); });
+}
+
+int main(int argc, char **argv) {
+    gpu_test_begin();
+    bench_if_asked(argc, argv, lines);
+    RUN(mix_norm);
+    RUN(backout_norm);
+    RUN(sums_over_many_tokens);
+    RUN(same_bits_again);
+    RUN(add);
+    return test_end();
+}

@@ -1,0 +1,103 @@
+// test_rotary.cu: rotary positions and the norm of q and k (llmc/rotary.cuh).
+#include "dev/test/gpu/test_tokens.cuh"
+#include "llmc/rotary.cuh"  // qk_forward, qk_backward, rope_init
+
+// Heads of whole pieces of 16 bytes, of one number's width, and of several pieces a lane; as many
+// of them as one step of a warp takes, fewer, and more.
+static const struct {
+    int H, D;
+} all_heads[] = {{1, 64}, {6, 128}, {12, 128}, {12, 64}, {5, 128}, {3, 32},  {3, 16},  {24, 2},
+                 {4, 8},  {8, 6},   {2, 48},   {1, 96},  {2, 100}, {1, 256}, {1, 512}, {1, 1024}};
+
+static void init_angles(GpuArray<float> *cosine, GpuArray<float> *sine, int T, int D) {
+    size_t count = (size_t)T * (D / 2);
+    float *c = gpu_expected(count), *s = gpu_expected(count);
+    rope_init(c, s, T, D);
+    *cosine = gpu_copy<float>("cosine", c, count), *sine = gpu_copy<float>("sine", s, count);
+}
+
+// Of rows of 3C, the last third is not touched.
+static void check_v_untouched(const float *found, const float *before, int n, int C) {
+    for (int t = 0; t < n; t++) {
+        size_t v = (size_t)t * 3 * C + 2 * C;
+        if (memcmp(found + v, before + v, sizeof(float) * C)) CHECK_INT(t, -1);
+    }
+}
+
+// n tokens of rows of T; of a row shorter than T, which samples have, the CPU is told its length.
+static void check(int n, int T, int H, int D) {
+    int C = H * D, B = n < T ? 1 : n / T, length = n < T ? n : T;
+    size_t count = (size_t)n * 3 * C;
+    GpuArray<float> cosine, sine;
+    init_angles(&cosine, &sine, T, D);
+    GpuArray<floatX> qkv = gpu_normal<floatX>("qkv", count, 2);
+    GpuArray<floatX> dqkv = gpu_normal<floatX>("dqkv", count, 1);
+    GpuArray<float> r = gpu_poisoned<float>("r", (size_t)n * 2 * H);
+    float *before = gpu_expected(count), *y = gpu_expected(count);
+    float *r_expected = gpu_expected((size_t)n * 2 * H);
+    memcpy(before, qkv.host, count * sizeof *before), memcpy(y, before, count * sizeof *y);
+    cpu::qk_forward(y, r_expected, cosine.host, sine.host, B, length, H, D);
+    qk_forward(qkv.device, r.device, cosine.device, sine.device, n, T, H, D, 0);
+    gpu_compare(qkv, y, n, 3 * C, "n %d, T %d, H %d, D %d", n, T, H, D);
+    gpu_compare(r, r_expected, n, 2 * H, "n %d, T %d, H %d, D %d", n, T, H, D);
+    check_v_untouched(qkv.host, before, n, C);
+
+    // What forward left is what backward is given on both sides: qkv.host and r.host.
+    float *d = gpu_expected(count);
+    memcpy(before, dqkv.host, count * sizeof *before), memcpy(d, before, count * sizeof *d);
+    cpu::qk_backward(d, qkv.host, r.host, cosine.host, sine.host, B, length, H, D);
+    qk_backward(dqkv.device, qkv.device, r.device, cosine.device, sine.device, n, T, H, D, 0);
+    gpu_compare(dqkv, d, n, 3 * C, "n %d, T %d, H %d, D %d", n, T, H, D);
+    check_v_untouched(dqkv.host, before, n, C);
+    gpu_end_case();
+}
+
+TEST(heads) {
+    for (auto h : all_heads)
+        for (int n : {1, 63, 129})
+            if (!grid_small || (n < 100 && h.D <= 128)) check(n, n, h.H, h.D);
+}
+
+TEST(lengths) {
+    for (int n : {1, 2, 63, 64, 65, 127, 128, 129, 192, 1000})
+        if (n <= (grid_small ? 65 : 1000)) check(n, n, 6, 128);
+}
+
+TEST(rows) {
+    check(3 * 65, 65, 2, 64);
+    check(4 * 16, 16, 3, 128);
+    check(5, 64, 6, 128);  // shorter than a row
+}
+
+TEST(angles) {
+    int T = 200, D = 64;
+    size_t count = (size_t)T * (D / 2), bytes = count * sizeof(float);
+    float *a[4];
+    for (float *&x : a) x = gpu_expected(count);
+    rope_init(a[0], a[1], T, D);
+    cpu::rope_init(a[2], a[3], T, D);
+    CHECK(!memcmp(a[0], a[2], bytes) && !memcmp(a[1], a[3], bytes));
+    gpu_end_case();
+}
+
+static void lines(int n, int C) {
+    int D = 128, H = C / D, T = 2048;
+    floatX *qkv = bench_array<floatX>((size_t)n * 3 * C);
+    floatX *dqkv = bench_array<floatX>((size_t)n * 3 * C);
+    float *r = bench_array<float>((size_t)n * 2 * H);
+    GpuArray<float> cosine, sine;
+    init_angles(&cosine, &sine, T, D);
+    float *c = cosine.device, *s = sine.device;
+    bench("qk_forward", n, C, 4, [=] { qk_forward(qkv, r, c, s, n, T, H, D, 0); });
+    bench("qk_backward", n, C, 6, [=] { qk_backward(dqkv, qkv, r, c, s, n, T, H, D, 0); });
+}
+
+int main(int argc, char **argv) {
+    gpu_test_begin();
+    bench_if_asked(argc, argv, lines);
+    RUN(heads);
+    RUN(lengths);
+    RUN(rows);
+    RUN(angles);
+    return test_end();
+}

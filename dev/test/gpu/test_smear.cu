@@ -1,0 +1,139 @@
+// test_smear.cu: the smear (llmc/smear.cuh).
+#include "dev/test/gpu/test_tokens.cuh"
+#include "llmc/smear.cuh"  // smear_forward, smear_backward
+
+// A case: rows of T tokens, cut into documents, with a gate as --init test has it.
+typedef struct {
+    int B, T, C, n;
+    float lambda;
+    GpuArray<floatX> x;
+    GpuArray<float> gate, lambda_array;
+    int *in_row, *doc_start;  // (B, T) on the host, as the CPU has it; on the device
+    char name[80];
+} Case;
+
+static Case make_case(int B, int T, int C, int documents, float lambda) {
+    Case c = {};
+    c.B = B, c.T = T, c.C = C, c.n = B * T, c.lambda = lambda;
+    int *absolute = gpu_expected<int>(c.n);
+    c.x = gpu_normal<floatX>("x", (size_t)c.n * C, 1);
+    c.gate = gpu_random<float>("gate", SMEAR_CHANNELS, -0.5, 0.5);
+    c.lambda_array = gpu_copy<float>("lambda", &lambda, 1);
+    c.in_row = gpu_expected<int>(c.n);
+    test_documents(c.in_row, absolute, documents, B, T);
+    c.doc_start = gpu_ints("doc_start", absolute, c.n);
+    snprintf(c.name, sizeof c.name, "B %d, T %d, C %d, documents %d, lambda %g", B, T, C, documents,
+             lambda);
+    return c;
+}
+
+static void check_forward(Case c) {
+    size_t nC = (size_t)c.n * c.C;
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", nC);
+    GpuArray<float> s = gpu_poisoned<float>("s", c.n);
+    float *y_expected = gpu_expected(nC), *s_expected = gpu_expected(c.n);
+    smear_forward(y.device, s.device, c.x.device, c.gate.device, c.lambda_array.device, c.doc_start,
+                  c.n, c.C, 0);
+    cpu::smear_forward(y_expected, s_expected, c.x.host, c.gate.host, c.lambda, c.in_row, c.B, c.T,
+                       c.C);
+    gpu_compare(y, y_expected, c.n, c.C, "%s", c.name);
+    gpu_compare(s, s_expected, c.n, 1, "%s", c.name);
+    for (int t = 0; t < c.n; t++) {
+        bool first = c.in_row[t] == t % c.T;
+        size_t at = (size_t)t * c.C;
+        if (first && (s.host[t] != 0 || memcmp(y.host + at, c.x.host + at, 4 * (size_t)c.C)))
+            CHECK_INT(t, -1);  // a document's first token stays as it is
+    }
+}
+
+// What the sums for dgate and dlambda are held against: those of their terms' sizes.
+static void sum_sizes(Case *c, const float *dy, const float *s, float *gate_sizes,
+                      float *lambda_size) {
+    double sizes[SMEAR_CHANNELS + 1] = {};
+    for (int t = 1; t < c->n; t++) {
+        const float *x = c->x.host + (size_t)t * c->C, *dyt = dy + (size_t)t * c->C;
+        double g = 0;
+        if (s[t] == 0) continue;
+        for (int i = 0; i < c->C; i++) g += fabs((double)dyt[i] * x[i - c->C]);
+        for (int i = 0; i < SMEAR_CHANNELS; i++)
+            sizes[i] += g * s[t] * (1 - s[t]) * fabs(c->lambda * x[i]);
+        sizes[SMEAR_CHANNELS] += g * s[t];
+    }
+    for (int i = 0; i < SMEAR_CHANNELS; i++) gate_sizes[i] = (float)sizes[i];
+    *lambda_size = (float)sizes[SMEAR_CHANNELS];
+}
+
+static void check_backward(Case c) {
+    size_t nC = (size_t)c.n * c.C;
+    float *y = gpu_expected(nC), *s_host = gpu_expected(c.n), before = 3, lambda_size;
+    float dgate_expected[SMEAR_CHANNELS], gate_sizes[SMEAR_CHANNELS], dlambda_expected = before;
+    for (float &d : dgate_expected) d = before;
+    cpu::smear_forward(y, s_host, c.x.host, c.gate.host, c.lambda, c.in_row, c.B, c.T, c.C);
+    GpuArray<float> s = gpu_copy<float>("s", s_host, c.n);
+    GpuArray<floatX> dy = gpu_normal<floatX>("dy", nC, 1), dx = gpu_poisoned<floatX>("dx", nC);
+    GpuArray<float> dgate = gpu_copy<float>("dgate", dgate_expected, SMEAR_CHANNELS);
+    GpuArray<float> dlambda = gpu_copy<float>("dlambda", &before, 1);
+    float *dx_expected = gpu_expected(nC);
+    smear_backward(dx.device, dgate.device, dlambda.device, dy.device, c.x.device, s.device,
+                   c.gate.device, c.lambda_array.device, c.doc_start,
+                   gpu_bytes("scratch", smear_scratch_bytes(c.n)), c.n, c.C, 0);
+    cpu::smear_backward(dx_expected, dgate_expected, &dlambda_expected, dy.host, c.x.host, s_host,
+                        c.gate.host, c.lambda, gpu_expected<double>(c.n), c.B, c.T, c.C);
+    sum_sizes(&c, dy.host, s_host, gate_sizes, &lambda_size);
+    gpu_compare(dx, dx_expected, c.n, c.C, "%s", c.name);
+    gpu_compare_sums(dgate, dgate_expected, gate_sizes, SMEAR_CHANNELS, c.name);
+    gpu_compare_sums(dlambda, &dlambda_expected, &lambda_size, 1, c.name);
+}
+
+static void check_shape(int T, int C) {
+    for (int documents = 0; documents < DOCS_KINDS; documents++) {
+        Case c = make_case(T <= 65 ? 3 : 1, T, C, documents, 0.45f);
+        check_forward(c);
+        check_backward(c);
+        gpu_end_case();
+    }
+}
+
+TEST(smear) { each_shape(check_shape); }
+
+// As training starts: the gate gets no gradient, its lambda does.
+TEST(lambda_zero) {
+    Case c = make_case(2, 64, 768, DOCS_MIX, 0);
+    check_forward(c);
+    check_backward(c);
+    gpu_end_case();
+}
+
+TEST(sums_over_many_tokens) {
+    if (grid_small) SKIP("GRID=small");
+    Case c = make_case(40, 1000, 128, DOCS_MIX, 0.45f);
+    check_backward(c);
+    gpu_end_case();
+}
+
+static void lines(int n, int C) {
+    size_t nC = (size_t)n * C;
+    floatX *x = bench_array<floatX>(nC), *y = bench_array<floatX>(nC),
+           *dx = bench_array<floatX>(nC);
+    float *s = bench_array<float>(n), *gate = bench_array<float>(SMEAR_CHANNELS),
+          *dgate = bench_array<float>(SMEAR_CHANNELS), *lambda = bench_array<float>(1),
+          *dlambda = bench_array<float>(1);
+    int *in_row = gpu_expected<int>(n), *absolute = gpu_expected<int>(n);
+    test_documents(in_row, absolute, DOCS_ONE, n / 2048, 2048);
+    int *doc_start = gpu_ints("doc_start", absolute, n);
+    void *scratch = gpu_bytes("scratch", smear_scratch_bytes(n));
+    bench("smear_forward", n, C, 2,
+          [=] { smear_forward(y, s, x, gate, lambda, doc_start, n, C, 0); });
+    bench("smear_backward", n, C, 3, [=] {
+        smear_backward(dx, dgate, dlambda, y, x, s, gate, lambda, doc_start, scratch, n, C, 0);
+    });
+}
+
+int main(int argc, char **argv) {
+    gpu_test_begin();
+    bench_if_asked(argc, argv, lines);
+    RUN(smear);
+    RUN(lambda_zero);
+    RUN(sums_over_many_tokens);
+    return test_end();
+}
