@@ -45,6 +45,7 @@
 #include "llmc/residual.cuh"     // mix_norm_forward, backout_norm_forward, add_forward
 #include "llmc/rmsnorm.cuh"      // norm_forward, norm_backward
 #include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
+#include "llmc/run.h"            // run_main; what it asks of a trainer: model_init, model_step, ...
 #include "llmc/schedule.h"       // Plan, Phase
 #include "llmc/smear.cuh"        // smear_forward, smear_backward
 #include "llmc/step.cuh"         // StepState, step_numbers, step_check, grad_norm_add
@@ -60,8 +61,7 @@
 // Parameters: pointers into an arena laid out by the table. Weights are floatX; what is small
 // (gates, lambdas) is read from the FP32 masters. Of the gradients all is FP32.
 
-template <class T>
-struct LayerViews {
+template <class T> struct LayerViews {
     T *wqkv;         // (3C, C): wq, wk, wv
     T *wo;           // (C, C)
     T *wfc;          // (F, C)
@@ -70,8 +70,7 @@ struct LayerViews {
     float *ve_gate;  // (H, 12), likewise
 };
 
-template <class T>
-struct Views {
+template <class T> struct Views {
     T *wte;               // (Vp, C)
     T *lm_head;           // (Vp, C)
     float *smear_gate;    // (24)
@@ -85,8 +84,7 @@ typedef LayerViews<floatX> LayerWeights;
 typedef LayerViews<float> LayerGradients;
 
 // Where a tensor starts, or NULL where the model has none of that role.
-template <class T>
-static T *view(const Table *t, T *arena, Role role, int layer) {
+template <class T> static T *view(const Table *t, T *arena, Role role, int layer) {
     const Tensor *x = table_find(t, role, layer);
     return x ? arena + x->offset : NULL;
 }
@@ -129,15 +127,15 @@ typedef struct {
 
 typedef struct {
     LayerActivations layer[MODEL_MAX_LAYERS];
-    floatX *embed, *x0;   // (n, C): N(wte[idx]); behind the smear: the first layer's x_in
-    float *embed_r;       // (n)
-    float *smear;         // (n): the smear gates
-    floatX *x_last;       // (n, C): the stream as it leaves the last layer
-    floatX *hf;           // (n, C): the normed input of the head
-    float *rf;            // (n)
-    floatX *logits;       // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
-    float *losses;        // (n): nats of each target
-    floatX *relu2, *dfc;  // (n, F)
+    floatX *embed, *x0;           // (n, C): N(wte[idx]); behind the smear: the first layer's x_in
+    float *embed_r;               // (n)
+    float *smear;                 // (n): the smear gates
+    floatX *x_last;               // (n, C): the stream as it leaves the last layer
+    floatX *hf;                   // (n, C): the normed input of the head
+    float *rf;                    // (n)
+    floatX *logits;               // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
+    float *losses;                // (n): nats of each target
+    floatX *relu2, *dfc;          // (n, F)
     floatX *dx, *dx0, *dxb, *dh;  // (n, C): gradients of the stream, of x0, of backout's branch, of
                                   // a branch's normed input
     floatX *dqkv;                 // (n, 3C)
@@ -176,7 +174,7 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
         PLACE(l->x_in, floatX, X, n * C), PLACE(l->h1, floatX, X, n * C);
         PLACE(l->r1, float, 4, n), PLACE(l->r2, float, 4, n);
         PLACE(l->qkv, floatX, X, n * 3 * C), PLACE(l->qk_r, float, 4, n * 2 * H);
-        PLACE(l->gate, float, 4, gated ? n * H : 0), PLACE(l->lse, float, 4, n * H);
+        PLACE(l->gate, float, 4, gated ? n *H : 0), PLACE(l->lse, float, 4, n *H);
         PLACE(l->att, floatX, X, n * C), PLACE(l->h2, floatX, X, n * C);
         PLACE(l->fc, floatX, X, n * F);
     }
@@ -188,7 +186,7 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
     PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
     PLACE(a->dxb, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
     PLACE(a->dqkv, floatX, X, n * 3 * C);
-    PLACE(a->delta, float, 4, n * H), PLACE(a->dz, float, 4, n * H);
+    PLACE(a->delta, float, 4, n *H), PLACE(a->dz, float, 4, n *H);
     PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
 #undef PLACE
     return at;
@@ -202,7 +200,7 @@ static floatX *stream_behind(Activations *a, const Config *c, int i) {
 // =============================================================================================
 // The model.
 
-typedef struct Model {
+struct Model {
     Config cfg;
     Table table;
     Gpu gpu;
@@ -216,7 +214,7 @@ typedef struct Model {
     Views<float> dw;
     bool held[MODEL_MAX_LAYERS];  // layers' weights between get and release
     Activations a;
-    void *activations;    // the memory behind a
+    void *activations;     // the memory behind a
     float *cosine, *sine;  // (T, D/2) each, of rotary
     Muon muon;
     StepState *step, *host_step;  // device, pinned
@@ -229,7 +227,7 @@ typedef struct Model {
     bool fetched;          // next_slot holds the next step's first micro-batch
     float *host_losses;    // (n) pinned, for validation
     size_t max_tokens;     // n
-} Model;
+};
 
 // Weights of a layer, from get to release. On one GPU they are always there; held tells misuse.
 static const LayerWeights *weights_get(Model *m, int layer) {
@@ -242,8 +240,6 @@ static void weights_release(Model *m, int layer) {
     assert(m->held[layer]);
     m->held[layer] = false;
 }
-
-#include "llmc/run.h"  // Run, run_open, run_train, run_dump; StepResult, ModelState
 
 // =============================================================================================
 // Forward and backward. Each trace_op names the operation that follows, with the floating-point
@@ -325,8 +321,8 @@ static void keep_logits(Model *m, float *keep /* (rows, V) */, int rows) {
     size_t V = (size_t)m->cfg.V, Vp = (size_t)m->cfg.Vp;
     floatX *raw = (floatX *)die_alloc((size_t)rows * Vp, sizeof *raw, "logits to keep");
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(raw, m->a.logits, (size_t)rows * Vp * sizeof *raw,
-                          cudaMemcpyDeviceToHost));
+    CUDA_CHECK(
+        cudaMemcpy(raw, m->a.logits, (size_t)rows * Vp * sizeof *raw, cudaMemcpyDeviceToHost));
     for (size_t r = 0; r < (size_t)rows; r++)
         for (size_t v = 0; v < V; v++)
             keep[r * V + v] = (float)(15 * tanh((double)(float)raw[r * Vp + v] / 15));
@@ -407,7 +403,7 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     if (w->value_embed) {
         trace_op(t, "value_embed backward", i, 0, 3 * nC + 8.0 * n * C);
         value_embed_backward(dw->value_embed, a->dz, a->dqkv + 2 * C, l->gate, w->value_embed,
-                             b->tokens, b->index, a->scratch, n, H, D, 3 * C, s);
+                             b->index, a->scratch, n, H, D, 3 * C, s);
     }
     trace_op(t, "qk_norm_rope backward", i, 0, 6 * nC);
     qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
@@ -529,16 +525,16 @@ static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *pha
     memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
 }
 
-static StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
-                             const Flags *flags, int64_t step, StepTrace *keep) {
+StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
+                      const Flags *flags, int64_t step, StepTrace *keep) {
     cudaStream_t s = m->stream;
     StepResult result;
     memset(&result, 0, sizeof result);
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
     CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->table.numel * sizeof(float), s));
-    int first = m->fetched ? (m->next_slot + m->slots - 2) % (m->slots - 1)
-                           : fetch(m, loader, phase);
+    int first =
+        m->fetched ? (m->next_slot + m->slots - 2) % (m->slots - 1) : fetch(m, loader, phase);
     for (int64_t micro = 0, slot = first; micro < phase->micro_steps; micro++) {
         DeviceBatch b = feed_get(&m->feed, (int)slot, s);
         size_t at = (size_t)micro * (size_t)b.n * (size_t)m->cfg.V;
@@ -569,8 +565,8 @@ static StepResult model_step(Model *m, Loader *loader, const Phase *phase, const
 // =============================================================================================
 // Validation and samples.
 
-static void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
-                         const Phase *phase, double *losses) {
+void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
+                  const Phase *phase, double *losses) {
     feed_put(&m->feed, m->slots - 1, inputs, targets, rows, T);
     DeviceBatch b = feed_get(&m->feed, m->slots - 1, m->stream);
     trunk_forward(m, &b, phase);
@@ -583,8 +579,7 @@ static void model_losses(Model *m, const int *inputs, const int *targets, int ro
 
 // The tokens are filled up to a multiple of 128 with BOS, which those before them do not see: few
 // shapes, so few plans of matmuls.
-static void model_logits(Model *m, const int *tokens, int count, const Phase *phase,
-                         float *logits) {
+void model_logits(Model *m, const int *tokens, int count, const Phase *phase, float *logits) {
     const Config *c = &m->cfg;
     int T = ceil_div(count, 128) * 128 < c->T ? ceil_div(count, 128) * 128 : c->T;
     int *row = (int *)die_alloc((size_t)T, sizeof *row, "a sample's row");
@@ -608,9 +603,9 @@ static void model_logits(Model *m, const int *tokens, int count, const Phase *ph
 
 // Tokens at once, when --micro-batch does not say: 11 C L numbers of 2 bytes a token within 28 GB,
 // so that an 80 GB GPU holds them beside a model of depth 24.
-static int64_t model_micro_tokens(const Config *c) {
-    int64_t most = (int64_t)(28e9 / (22.0 * c->C * c->L));
-    return most < 131072 ? most : 131072;
+int model_micro_tokens(const Config *c) {
+    double most = 28e9 / (22.0 * c->C * c->L);
+    return most < 131072 ? (int)most : 131072;
 }
 
 static void model_require(const Config *c) {
@@ -646,7 +641,8 @@ static void norms_init(Model *m) {
     m->norm_partial = (double *)gpu_alloc(&m->gpu, (size_t)chunks * sizeof(double), what);
     m->tensor_norm = (double *)gpu_alloc(&m->gpu, (size_t)count * sizeof(double), what);
     upload(m->first_chunk, m->host_chunk, ((size_t)count + 1) * sizeof(int));
-    m->block_final = (cudaEvent_t *)die_alloc((size_t)m->table.blocks, sizeof(cudaEvent_t), "events");
+    m->block_final =
+        (cudaEvent_t *)die_alloc((size_t)m->table.blocks, sizeof(cudaEvent_t), "events");
     for (int i = 0; i < m->table.blocks; i++)
         CUDA_CHECK(cudaEventCreateWithFlags(&m->block_final[i], cudaEventDisableTiming));
     CUDA_CHECK(cudaEventCreateWithFlags(&m->norms_done, cudaEventDisableTiming));
@@ -664,8 +660,7 @@ static void rotary_init(Model *m) {
     free(cosine), free(sine);
 }
 
-static void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed,
-                       bool test_init) {
+void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
     Phase phase = phase_at(plan, cfg, 0);
     memset(m, 0, sizeof *m);
     m->cfg = *cfg;
@@ -712,10 +707,12 @@ static void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t s
     model_state_free(m, state);
 }
 
-static void model_free(Model *m) {
-    void *device[] = {m->masters, m->grads,        m->first,       m->second,      m->step,
-                      m->cosine,  m->norm_partial, m->tensor_norm, m->first_chunk, m->activations,
-                      m->sine,    sizeof(floatX) == sizeof(float) ? NULL : m->weights};
+void model_free(Model *m) {
+    void *device[] = {
+        m->masters,      m->grads,       m->first,
+        m->second,       m->step,        m->cosine,
+        m->norm_partial, m->tensor_norm, m->first_chunk,
+        m->activations,  m->sine,        sizeof(floatX) == sizeof(float) ? NULL : m->weights};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++) CUDA_CHECK(cudaFree(device[i]));
     for (int i = 0; i < m->table.blocks; i++) CUDA_CHECK(cudaEventDestroy(m->block_final[i]));
     CUDA_CHECK(cudaEventDestroy(m->norms_done));
@@ -730,7 +727,7 @@ static void model_free(Model *m) {
     table_free(&m->table);
 }
 
-static int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
+int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
     Phase phase = phase_at(plan, c, 0);
     Table table;
     Activations a;
@@ -760,7 +757,7 @@ static double peak_flops(const Gpu *g) {
     return g->major == 9 ? 989e12 : 0;                  // H100, H200
 }
 
-static ModelFacts model_facts(const Model *m) {
+ModelFacts model_facts(const Model *m) {
     size_t left = 0, all = 0;
     CUDA_CHECK(cudaMemGetInfo(&left, &all));
     ModelFacts facts = {"train_gpt2cu (" PRECISION_NAME ")", m->gpu.name, peak_flops(&m->gpu),
@@ -768,7 +765,7 @@ static ModelFacts model_facts(const Model *m) {
     return facts;
 }
 
-static ModelState model_download(Model *m) {
+ModelState model_download(Model *m) {
     size_t numel = m->table.numel, second = m->table.state_numel;
     ModelState state = {(float *)die_alloc(numel, sizeof(float), "a save's parameters"),
                         (float *)die_alloc(numel, sizeof(float), "a save's first state"),
@@ -781,7 +778,7 @@ static ModelState model_download(Model *m) {
 }
 
 // The states may be NULL: then they stay. The working weights follow the masters.
-static void model_upload(Model *m, ModelState state) {
+void model_upload(Model *m, ModelState state) {
     upload(m->masters, state.params, m->table.numel * sizeof(float));
     if (state.first) upload(m->first, state.first, m->table.numel * sizeof(float));
     if (state.second) upload(m->second, state.second, m->table.state_numel * sizeof(float));
@@ -790,9 +787,12 @@ static void model_upload(Model *m, ModelState state) {
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
 }
 
-static void model_state_free(Model *m, ModelState state) {
+void model_state_free(Model *m, ModelState state) {
     (void)m;
     free(state.params), free(state.first), free(state.second);
 }
 
-int main(int argc, char **argv) { return run_main(argc, argv); }
+int main(int argc, char **argv) {
+    static Model model;
+    return run_main(&model, argc, argv);
+}

@@ -29,6 +29,8 @@ typedef __nv_bfloat16 bf16;
 
 constexpr int WARP = 32;
 constexpr unsigned FULL_WARP = 0xffffffffu;
+constexpr float LOG2_E =
+    1.44269504f;  // exp(x) = 2^(x log2 e): the GPU has an instruction for 2^x only
 
 // ---------------------------------------------------------------------------------------------
 // Checked calls.
@@ -103,22 +105,19 @@ static inline void *gpu_alloc(Gpu *g, size_t bytes, const char *what) {
 // ---------------------------------------------------------------------------------------------
 // Sums.
 
-template <class Int>
-__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
+template <class Int> __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
     return (a + b - 1) / b;
 }
 
 // Sum over the lanes of a warp, in every lane.
-template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
     for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(FULL_WARP, x, d);
     return x;
 }
 
 // Sum over the threads of a block, in every thread. THREADS = blockDim.x. May be called again.
-template <int THREADS, class T>
-__device__ __forceinline__ T block_sum(T x) {
+template <int THREADS, class T> __device__ __forceinline__ T block_sum(T x) {
     __shared__ T of_warp[THREADS / WARP];
     x = warp_sum(x);
     __syncthreads();  // the call before has read its sums
