@@ -1,7 +1,7 @@
 // cudnn_attention.cpp: attention by cuDNN; cudnn_attention.h says what it computes. cuDNN is told a
 // graph of operations, through cudnn-frontend, and answers with a plan; plans are kept by shape.
-// cudnn-frontend is C++, all headers: the host's compiler takes half a minute for this file and nvcc
-// would take minutes. So it stands apart, in C++, behind a C interface.
+// cudnn-frontend is C++, all headers: the host's compiler takes half a minute for this file, and
+// nvcc would take minutes. So it stands apart, in C++, behind a C interface.
 #include <cudnn_frontend.h>
 #include <math.h>
 #include <string.h>
@@ -12,6 +12,17 @@
 
 #include "llmc/cudnn_attention.h"
 #include "llmc/die.h"  // die, warn, EXIT_USAGE, EXIT_DEVICE, EXIT_INTERNAL
+
+// cudnn-frontend brings kernels of its own, used only where they are asked for, which call the
+// driver's library. Weak: the program need not be linked with it, and starts without a driver.
+#pragma weak cuDeviceGet
+#pragma weak cuGetErrorString
+#pragma weak cuKernelSetAttribute
+#pragma weak cuLaunchKernel
+#pragma weak cuLibraryGetKernel
+#pragma weak cuLibraryLoadData
+#pragma weak cuLibraryUnload
+#pragma weak cuTensorMapEncodeTiled
 
 namespace fe = cudnn_frontend;
 typedef std::shared_ptr<fe::graph::Graph> Graph;

@@ -1,5 +1,5 @@
-// cudnn_attention.h: attention by cuDNN, for the BF16 build (make USE_CUDNN=1). attention.cuh, whose
-// place it takes, has the formulas. Pointers and strides are the same, but
+// cudnn_attention.h: attention by cuDNN, for the BF16 build (make USE_CUDNN=1). attention.cuh has
+// the formulas. Pointers and strides are the same, but
 //
 //   - the n tokens are n/T rows of T, T a multiple of 128, and each row is one document: a mask
 //     within rows is not built (cudnn_attention_check says so to the user). For samples, which are
@@ -7,8 +7,8 @@
 //   - lse, which only backward reads, is (n/T, H, T), not (H, n).
 //   - work memory comes from the caller; cudnn_attention_bytes tells how much.
 //
-// cuDNN plans each new shape once, in 0.1 s or so, without touching the device: pass every shape to
-// cudnn_attention_bytes at the start. Everything can be captured in a CUDA graph.
+// cuDNN plans each new shape once, which takes a while: pass every shape to cudnn_attention_bytes
+// at the start. What is planned can be captured in a CUDA graph.
 //
 // DETERMINISM. cuDNN adds up dq in no fixed order, unless it may write all of ds (n/T, H, T, T) to
 // memory, in BF16. Given that much room (deterministic_bytes) it does; else two runs of the same
