@@ -164,7 +164,7 @@ static void *place(char *base, size_t *at, size_t bytes) {
 // Lays out the activations of n tokens from `memory` on; returns their bytes. NULL: only counts.
 static size_t activations_layout(Activations *a, const Config *c, int tokens, char *memory) {
     size_t n = (size_t)tokens, C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F, at = 0;
-    size_t X = sizeof(floatX), head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
+    size_t X = sizeof(floatX), head_rows = n < (size_t)HEAD_ROWS ? n : (size_t)HEAD_ROWS;
 #define PLACE(field, type, size, count) field = (type *)place(memory, &at, (size) * (count))
     PLACE(a->embed, floatX, X, n * C), PLACE(a->embed_r, float, 4, n);
     PLACE(a->smear, float, 4, n);
