@@ -231,8 +231,8 @@ static MatmulOperand fp8_operand(GpuArray<fp8> x, const float *scale, int rows, 
 TEST(fp8_operands) {
     if (test_gpu.major * 10 + test_gpu.minor < 89) SKIP("no FP8 before compute capability 8.9");
     const int n = 64, K = 128, N = 256;
-    const float scales[] = {0.5f, 0.25f, 4};
-    GpuArray<float> scale = gpu_copy<float>("scales", scales, 3);
+    const float scales[] = {0.5f, 0, 0, 0, 0.25f, 0, 0, 0, 4};  // each at a multiple of 16 bytes
+    GpuArray<float> scale = gpu_copy<float>("scales", scales, 9);
     GpuArray<fp8> x = gpu_normal<fp8>("x", n * K, 1), w = gpu_normal<fp8>("w", N * K, 1);
     GpuArray<fp8> dy = gpu_normal<fp8>("dy", n * N, 1);
     GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * N), dx = gpu_poisoned<floatX>("dx", n * K);
@@ -243,7 +243,7 @@ TEST(fp8_operands) {
     reference(expected_y, x.host, false, w.host, true, NULL, 0.125, 0, n, N, K, 1);
     reference(expected_dx, dy.host, false, w.host, false, NULL, 1, 0, n, K, N, 1);
     reference(expected_dw, dy.host, true, x.host, false, dw.host, 2, 1, N, K, n, 1);
-    const float *sx = scale.device, *sw = sx + 1, *sdy = sx + 2;
+    const float *sx = scale.device, *sw = sx + 4, *sdy = sx + 8;
     matmul_forward(&mm, y.device, fp8_operand(x, sx, n, K, false), fp8_operand(w, sw, N, K, false),
                    {MATMUL_STORE}, n, K, N, 0);
     matmul_dgrad(&mm, dx.device, fp8_operand(dy, sdy, n, N, false), fp8_operand(w, sw, N, K, true),
