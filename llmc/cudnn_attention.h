@@ -18,12 +18,9 @@
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
-#include <stdbool.h>
 #include <stddef.h>
 
-#ifdef __cplusplus
 extern "C" {
-#endif
 
 typedef struct CudnnAttention CudnnAttention;
 
@@ -58,8 +55,6 @@ void cudnn_attention_backward(CudnnAttention *a,
                               int n, int T, int H, int D, int W, int ldo, int ld,
                               cudaStream_t stream);
 
-#ifdef __cplusplus
-}
-#endif
+}  // extern "C"
 
 #endif
