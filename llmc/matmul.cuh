@@ -44,7 +44,8 @@ constexpr uint32_t MATMUL_ALIGN = 16;          // bytes
 typedef struct {
     const void *data;
     cudaDataType_t type;
-    const float *scale;      // on the device: one number all of it is multiplied by; FP8 only
+    const float *scale;      // FP8 only: one number on the device, at a multiple of 16 bytes, by
+                             // which all of it is multiplied; NULL: 1
     const void *transposed;  // its transpose, or NULL. Hopper multiplies FP8 only where both
                              // factors' rows run along the sum, which dgrad and wgrad need this for
 } MatmulOperand;
