@@ -163,12 +163,12 @@ typedef struct {
 
 typedef struct {
     int count;
-    Tensor *tensor;  // (count)
-    int blocks;      // L + 2: what comes before the layers, each layer, what comes behind them
-    size_t block_offset[MODEL_MAX_LAYERS + 3];  // (blocks + 1): where each starts; last, the end
-    size_t numel;                               // elements of the parameter arena
-    size_t state_numel;                         // elements of the arena of second optimizer states
-    size_t params;  // parameters: the sum of rows * cols, padding rows included
+    Tensor *tensor;      // (count)
+    size_t numel;        // elements of the parameter arena
+    size_t state_numel;  // elements of the arena of second optimizer states
+    size_t params;       // parameters: the sum of rows * cols, padding rows included
+    int blocks;          // L + 2: before the layers, each layer, behind them
+    size_t block_offset[MODEL_MAX_LAYERS + 3];  // (blocks + 1): where each starts, and the end
 } Table;
 
 static inline size_t tensor_numel(const Tensor *t) { return (size_t)t->rows * (size_t)t->cols; }
