@@ -47,7 +47,7 @@ LDLIBS     = $(PCRE2_L) -lm -lpthread
 NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror all-warnings) $(PCRE2)
 CUDA_LIBS  = -L$(CUDA_LIB) -lcublasLt $(if $(filter /usr/%-linux-gnu,$(CUDA_LIB)),,-Xlinker -rpath=$(CUDA_LIB)) $(LDLIBS)
-nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $(filter %.cu %.o,$^) -o $@ \
+nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $< $(filter %.o,$^) -o $@ \
              $(if $(filter $(CUDNN_O),$^),$(CUDNN_L)) $(CUDA_LIBS)
 
 PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram)
@@ -115,8 +115,8 @@ $(BUILD)/bench/bench_gpu: dev/bench/bench_gpu.cu $(CUDNN_O) $(BUILD)/flags.cuda
 
 $(BUILD)/gpu/bf16/test_cudnn_attention: $(CUDNN_O)
 $(BUILD)/cudnn_attention.o: llmc/cudnn_attention.cpp $(BUILD)/flags.cuda
-	$(CXX) -std=c++20 -O1 -Wall -Wextra $(if $(WERROR),-Werror) -I. -isystem $(CUDA_DIR)/include -isystem $(word 1,$(CUDNN)) \
-	    -isystem $(word 1,$(FRONTEND)) -DCUDNN_FRONTEND_SKIP_JSON_LIB -MMD -MP -c $< -o $@
+	$(CXX) -std=c++20 -O1 -Wall -Wextra $(if $(WERROR),-Werror) -I. -DCUDNN_FRONTEND_SKIP_JSON_LIB -MMD -MP -c $< -o $@ \
+	    $(addprefix -isystem ,$(filter-out /usr/include,$(word 1,$(CUDNN)) $(word 1,$(FRONTEND)) $(CUDA_DIR)/include))
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/gpu/*.d $(BUILD)/gpu/*/*.d)
 
