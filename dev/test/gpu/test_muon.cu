@@ -1,0 +1,524 @@
+// test_muon.cu: Muon (llmc/muon.cuh, llmc/muon_gate.cuh) against muon_update of train_gpt2.c.
+//
+// Whole updates are held against the twin; and in three parts, so that BF16 is tested closely, too:
+// X before Polar Express, Polar Express, and what follows it, each from what the GPU had before it.
+// What counts is the change of the parameters, not they themselves.
+//
+// `test_muon bench` measures updates of depth 12 and 24, and AdamW.
+#include "dev/test/gpu/test_gpu.cuh"
+#include "llmc/adamw.cuh"  // adamw_update
+#include "llmc/muon.cuh"   // muon_update; muon_begin, muon_polar_express, muon_end
+
+// Of what is computed in FP32 in both builds, or rounded to floatX once.
+constexpr double TOLERANCE_CHANGE = 1e-4;
+
+// Of Polar Express. Two BF16 runs of it whose sums differ by 1e-6 end 0.8% apart, and either is 1
+// to 2% from FP32 (measured on normal matrices of 48 to 1536 rows): the first steps multiply the
+// small singular values, and what was rounded away of them, by up to 989.
+constexpr double TOLERANCE_POLAR = sizeof(floatX) == 2 ? 4e-2 : 1e-4;
+
+// Of one number rounded to floatX: where it lies between two of BF16, either will do.
+constexpr double TOLERANCE_ROUNDED = sizeof(floatX) == 2 ? 1e-3 : TOLERANCE_FP32;
+
+static Matmul matmul_context;
+
+// ---------------------------------------------------------------------------------------------
+// A table of matrices and its arenas.
+
+typedef struct {
+    int R, K;
+    bool gate;
+} Shape;
+
+typedef struct {
+    Table table;
+    Muon muon;
+    StepState host, *step;
+    GpuArray<float> params, first, second, grads;
+    GpuArray<floatX> weights;
+    MuonArenas arena;
+} Case;
+
+// `count` matrices of each shape, mixed, a tensor of AdamW's between them. scratch: muon_init's,
+// which is poisoned.
+static void case_init(Case *c, const Shape *shapes, int shape_count, int count, size_t scratch) {
+    Table *t = &c->table;
+    memset(c, 0, sizeof *c);
+    t->tensor = (Tensor *)die_alloc((size_t)((shape_count + 1) * count), sizeof *t->tensor, "test");
+    for (int i = 0; i < count; i++) {
+        for (int j = 0; j < shape_count; j++)
+            table_add(t, "matrix", shapes[j].gate ? VE_GATE : WQ, i, shapes[j].R, shapes[j].K,
+                      GROUP_MATRIX, init_ramp(0, 0), init_ramp(0, 0));
+        table_add(t, "lambda", RESID_LAMBDA, i, 0, 5, GROUP_RESID, init_ramp(0, 0),
+                  init_ramp(0, 0));
+    }
+    muon_init(&c->muon, &test_gpu, t, scratch);
+    for (int i = 0; i < c->muon.shapes; i++) {
+        char *from = (char *)c->muon.shape[i].x, *memory = (char *)c->muon.memory;
+        if (from)
+            CUDA_CHECK(cudaMemset(from, 0xff, muon_bytes(t, scratch) - (size_t)(from - memory)));
+    }
+    c->host.momentum = 0.95f, c->host.beta2 = 0.9f, c->host.lr = 0.02f, c->host.wd = 0.28f;
+    c->host.grad_scale = 0.75f;
+    c->step = (StepState *)gpu_bytes("step", sizeof *c->step);
+    CUDA_CHECK(cudaMemcpy(c->step, &c->host, sizeof c->host, cudaMemcpyHostToDevice));
+    c->params = gpu_random<float>("params", t->numel, -0.06, 0.06);
+    c->first = gpu_normal<float>("first", t->numel, 1e-4);
+    c->second = gpu_random<float>("second", t->state_numel, 0, 1e-3);
+    c->grads = gpu_poisoned<float>("grads", t->numel);
+    c->weights = gpu_copy<floatX>("weights", c->params.host, t->numel);
+    c->arena = {c->params.device, sizeof(floatX) == 2 ? c->weights.device : NULL, c->grads.device,
+                c->first.device, c->second.device};
+}
+
+static void case_free(Case *c) {
+    muon_free(&c->muon);
+    table_free(&c->table);
+    gpu_end_case();
+}
+
+// Fresh gradients of a given size; rows of unlike size, the second of each matrix 0.
+static void fresh_gradients(Case *c, double size) {
+    RandKey key = gpu_fresh_key();
+    float *g = c->grads.host;
+    for (int i = 0; i < c->table.count; i++) {
+        const Tensor *x = &c->table.tensor[i];
+        for (size_t e = 0; e < tensor_numel(x); e++) {
+            size_t row = e / (size_t)x->cols;
+            g[x->offset + e] =
+                row == 1 ? 0 : (float)(size * (1 + row % 7) * rand_normal(key, x->offset + e));
+        }
+    }
+    CUDA_CHECK(
+        cudaMemcpy(c->grads.device, g, c->table.numel * sizeof(float), cudaMemcpyHostToDevice));
+}
+
+static void case_update(Case *c) {
+    muon_update(&c->muon, &matmul_context, c->arena.params, c->arena.weights, c->arena.grads,
+                c->arena.first, c->arena.second, c->step, 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Comparing.
+
+// Host numbers by the rule of test_gpu.cuh; 0 must be 0.
+static void check_near(const char *name, const Shape *s, const float *found, const float *expected,
+                       size_t count, double tolerance) {
+    double error = 0, norm = 0;
+    char shape[80], what[80];
+    snprintf(shape, sizeof shape, "R %d, K %d", s->R, s->K);
+    for (size_t i = 0; i < count; i++) {
+        double e = expected[i], d = found[i] - e;
+        error += d * d, norm += e * e;
+    }
+    double rms = sqrt(norm / (double)count);
+    for (size_t i = 0; i < count; i++) {
+        double allowed = expected[i] == 0 ? 0 : 8 * tolerance * fmax(fabs(expected[i]), rms);
+        if (fabs((double)found[i] - expected[i]) <= allowed) continue;
+        snprintf(what, sizeof what, "allowed: %.3g apart", allowed);
+        gpu_differs(__FILE__, __LINE__, name, shape, i, s->K, found[i], expected[i], what);
+        return;
+    }
+    if (sqrt(error) > tolerance * sqrt(norm))
+        test_check(false, __FILE__, __LINE__, "%s of %s: found an error of %.3g, allowed %.3g",
+                   name, shape, sqrt(error), tolerance * sqrt(norm));
+}
+
+// The change of w by lr X + decay w [X w >= 0]. Decay hangs on the sign of X: where X is 0 within
+// the tolerance, but not exactly, both are right.
+static void check_change(const Shape *s, const float *before, const float *after, const float *x,
+                         float lr, float decay, double tolerance) {
+    size_t count = (size_t)s->R * s->K;
+    float *found = gpu_expected(count), *expected = gpu_expected(count);
+    double norm = 0;
+    for (size_t i = 0; i < count; i++) norm += (double)x[i] * x[i];
+    double close = 8 * tolerance * sqrt(norm / (double)count);
+    for (size_t i = 0; i < count; i++) {
+        float w = before[i], kept = -lr * x[i], decayed = kept - decay * w;
+        found[i] = after[i] - w;
+        expected[i] = x[i] * w >= 0 ? decayed : kept;
+        if (x[i] != 0 && fabs(x[i]) <= close)
+            expected[i] = fabsf(found[i] - kept) < fabsf(found[i] - decayed) ? kept : decayed;
+    }
+    check_near("change of w", s, found, expected, count, tolerance);
+}
+
+// Working copies are the parameters, rounded.
+static void check_weights(Case *c) {
+    gpu_read(c->params), gpu_read(c->weights);
+    if (!c->arena.weights) return;
+    for (int i = 0; i < c->table.count; i++)
+        for (size_t e = 0, at = c->table.tensor[i].offset; e < tensor_numel(&c->table.tensor[i]);
+             e++, at++)
+            if (c->weights.host[at] != __bfloat162float(__float2bfloat16_rn(c->params.host[at]))) {
+                test_check(false, __FILE__, __LINE__, "weights[%zu] of %s: not rounded", at,
+                           c->table.tensor[i].name);
+                return;
+            }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Whole updates.
+
+static float lr_of(const Case *c, const Shape *s) {
+    return (float)(c->host.lr * sqrt(fmax(1, (double)s->R / s->K)));
+}
+
+static void check_updates(const Shape *shapes, int shape_count, int count, size_t scratch,
+                          int updates) {
+    Case c;
+    case_init(&c, shapes, shape_count, count, scratch);
+    size_t numel = c.table.numel, states = c.table.state_numel;
+    float *w = gpu_expected(numel), *before = gpu_expected(numel);
+    float *momentum = gpu_expected(numel), *second = gpu_expected(states);
+    memcpy(momentum, c.first.host, numel * sizeof(float));
+    memcpy(second, c.second.host, states * sizeof(float));
+    for (int update = 0; update < updates; update++) {
+        fresh_gradients(&c, 1e-3);
+        memcpy(before, gpu_read(c.params), numel * sizeof(float));
+        memcpy(w, before, numel * sizeof(float));
+        case_update(&c);
+        gpu_read(c.params), gpu_read(c.first), gpu_read(c.second);
+        for (int i = 0; i < c.table.count; i++) {
+            const Tensor *t = &c.table.tensor[i];
+            size_t n = tensor_numel(t), side = t->rows < t->cols ? t->rows : t->cols;
+            size_t at = t->offset, lines = t->state_count;
+            Shape s = {t->rows, t->cols, t->role == VE_GATE};
+            if (t->group != GROUP_MATRIX) {
+                CHECK(!memcmp(before + at, c.params.host + at, n * sizeof(float)));
+                continue;
+            }
+            double tolerance = s.gate ? TOLERANCE_CHANGE : TOLERANCE_POLAR;
+            float lr = lr_of(&c, &s), *scratch = gpu_expected(2 * (n + side * side));
+            cpu::MuonScratch m = {scratch, scratch + n, scratch + 2 * n,
+                                  scratch + 2 * n + side * side};
+            cpu::muon_update(w + at, momentum + at, second + t->state, c.grads.host + at,
+                             c.host.grad_scale, c.host.momentum, c.host.beta2, c.host.lr, c.host.wd,
+                             t->rows, t->cols, &m);
+            check_near("first", &s, c.first.host + at, momentum + at, n, TOLERANCE_FP32);
+            check_near("second", &s, c.second.host + t->state, second + t->state, lines,
+                       2 * tolerance);
+            check_change(&s, before + at, c.params.host + at, m.x, lr, lr * c.host.wd, tolerance);
+        }
+        check_weights(&c);
+    }
+    case_free(&c);
+}
+
+TEST(gates) {
+    for (int H : {1, 2, 6, 11, 12, 13, 24}) {
+        Shape gate = {H, 12, true};
+        check_updates(&gate, 1, 3, MUON_SCRATCH, 3);
+    }
+    Shape many = {1024, 12, true};  // more shared memory than a kernel has unasked
+    if (!grid_small) check_updates(&many, 1, 1, MUON_SCRATCH, 1);
+}
+
+static const Shape shapes[] = {{128, 128, false}, {256, 128, false},  {128, 256, false},
+#ifdef PRECISION_FP32
+                               {48, 48, false},   {192, 48, false},   {48, 192, false},
+                               {8, 8, false},     {24, 96, false},
+#endif
+                               {768, 768, false}, {3072, 768, false}, {768, 3072, false}};
+static const int shape_count = sizeof shapes / sizeof *shapes;
+
+static int last_shape(void) { return grid_small ? shape_count - 3 : shape_count; }
+
+TEST(single_shapes) {
+    for (int i = 0; i < last_shape(); i++) check_updates(&shapes[i], 1, 1, MUON_SCRATCH, 3);
+}
+
+// What a model has, in one table: chunks of all matrices, of 2 of 5, of single ones.
+TEST(batches_and_chunks) {
+    Shape model[] = {{128, 128, false}, {512, 128, false}, {128, 512, false}, {1, 12, true}};
+    Case c;
+    case_init(&c, model, 1, 1, 1);
+    size_t one = muon_bytes(&c.table, 1);
+    case_free(&c);
+    check_updates(model, 4, 5, MUON_SCRATCH, 3);
+    check_updates(model, 1, 5, 2 * one, 2);
+    check_updates(model, 4, 5, 1, 2);
+}
+
+// ---------------------------------------------------------------------------------------------
+// In parts.
+
+// Steps 1, 2 and the division of step 3 on the host, X not yet rounded.
+static void expect_begin(const Case *c, const float *g, const float *buf, float *x, int R, int K) {
+    double mu = c->host.momentum, rms = 0, norm = 0;
+    for (int i = 0; i < R * K; i++) {
+        double gi = (double)c->host.grad_scale * g[i];
+        x[i] = (float)((1 - mu) * gi + mu * (mu * buf[i] + (1 - mu) * gi));
+    }
+    rms = sqrt(cpu::sum_squares(x, (size_t)R * K) / R);
+    for (int r = 0; r < R; r++) {
+        double even = rms / fmax(sqrt(cpu::sum_squares(x + (size_t)r * K, K)), 1e-6);
+        for (int k = 0; k < K; k++) x[(size_t)r * K + k] *= even;
+    }
+    norm = 1.01 * sqrt(cpu::sum_squares(x, (size_t)R * K)) + 1e-6;
+    for (int i = 0; i < R * K; i++) x[i] = (float)(x[i] / norm);
+}
+
+// Steps 4 and 5 on the host.
+static void expect_end(const Case *c, float *x, float *second, int R, int K) {
+    bool by_row = R >= K;
+    int lines = by_row ? R : K, n = by_row ? K : R;
+    double beta2 = c->host.beta2, before = 0, after = 0;
+    double restore = sqrt(n) / fmax(sqrt(cpu::sum_squares(x, (size_t)R * K)), 1e-6);
+    double *r = gpu_expected<double>(lines);
+    for (int i = 0; i < lines; i++) {
+        double v = 0;
+        for (int j = 0; j < n; j++) {
+            double e = restore * x[by_row ? (size_t)i * K + j : (size_t)j * K + i];
+            v += e * e / n;
+        }
+        second[i] = (float)(beta2 * second[i] + (1 - beta2) * v);
+        r[i] = 1 / sqrt(fmax(second[i], 1e-10));
+        before += n * v, after += n * v * r[i] * r[i];
+    }
+    double keep = restore * sqrt(before) / fmax(sqrt(after), 1e-10);
+    for (int i = 0; i < R * K; i++) x[i] = (float)(keep * r[by_row ? i / K : i % K] * x[i]);
+}
+
+static void check_parts(Shape s) {
+    Case c;
+    case_init(&c, &s, 1, 1, MUON_SCRATCH);
+    const MuonShape *m = &c.muon.shape[0];
+    size_t n = (size_t)s.R * s.K, side = s.R < s.K ? s.R : s.K, bytes = n * sizeof(float);
+    float *expected = gpu_expected(n), *scratch = gpu_expected(n + 2 * side * side);
+    float *before = gpu_expected(n), lr = lr_of(&c, &s);
+    cpu::MuonScratch twin = {expected, scratch, scratch + n, scratch + n + side * side};
+    fresh_gradients(&c, 1);
+    memcpy(before, c.params.host, bytes);
+
+    expect_begin(&c, c.grads.host, c.first.host, expected, s.R, s.K);
+    muon_begin(m, c.arena, c.step, 0, 1, 0);
+    GpuArray<floatX> x = {m->x, gpu_expected(n), n, "X", 0};
+    check_near("X", &s, gpu_read(x), gpu_copy<floatX>("expected", expected, n).host, n,
+               TOLERANCE_ROUNDED);
+
+    memcpy(expected, x.host, bytes);
+    cpu::muon_polar_express(&twin, s.R, s.K);  // its division is by 1 here: gradients are large
+    x.device = (floatX *)muon_polar_express(m, &matmul_context, 1, 0);
+    check_near("polar X", &s, gpu_read(x), expected, n, TOLERANCE_POLAR);
+
+    memcpy(expected, x.host, bytes);
+    expect_end(&c, expected, c.second.host, s.R, s.K);
+    float *second = gpu_expected(m->lines);
+    memcpy(second, c.second.host, m->lines * sizeof(float));
+    muon_end(m, x.device, c.arena, c.step, 0, 1, 0);
+    check_near("second", &s, gpu_read(c.second), second, m->lines, TOLERANCE_FP32);
+    check_change(&s, before, gpu_read(c.params), expected, lr, lr * c.host.wd, TOLERANCE_CHANGE);
+    case_free(&c);
+}
+
+TEST(parts) {
+    for (int i = 0; i < last_shape(); i++) check_parts(shapes[i]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// What must hold exactly.
+
+static const Shape model[] = {
+    {128, 128, false}, {512, 128, false}, {128, 512, false}, {4, 12, true}};
+
+// With no gradient yet X is exactly 0: only decay moves w, s only falls.
+TEST(zero_gradient) {
+    Case c;
+    case_init(&c, model, 4, 2, MUON_SCRATCH);
+    CUDA_CHECK(cudaMemset(c.grads.device, 0, c.table.numel * sizeof(float)));
+    CUDA_CHECK(cudaMemset(c.first.device, 0, c.table.numel * sizeof(float)));
+    float *before = gpu_expected(c.table.numel), *second = gpu_expected(c.table.state_numel);
+    float *zero = gpu_expected(c.table.numel);
+    memcpy(before, c.params.host, c.table.numel * sizeof(float));
+    memcpy(second, c.second.host, c.table.state_numel * sizeof(float));
+    for (size_t i = 0; i < c.table.state_numel; i++) second[i] *= c.host.beta2;
+    case_update(&c);
+    gpu_compare(c.first, zero, 1, (int)c.table.numel, "zero gradient");
+    gpu_read(c.params), gpu_read(c.second);
+    for (int i = 0; i < c.table.count; i++) {
+        const Tensor *t = &c.table.tensor[i];
+        Shape s = {t->rows, t->cols, false};
+        if (t->group != GROUP_MATRIX) continue;
+        float lr = lr_of(&c, &s);
+        check_change(&s, before + t->offset, c.params.host + t->offset, zero, lr, lr * c.host.wd,
+                     TOLERANCE_CHANGE);
+        check_near("second", &s, c.second.host + t->state, second + t->state, t->state_count,
+                   TOLERANCE_FP32);
+    }
+    case_free(&c);
+}
+
+static void upload(GpuArray<float> &x, const float *from) {
+    CUDA_CHECK(cudaMemcpy(x.device, from, x.count * sizeof(float), cudaMemcpyHostToDevice));
+}
+
+// Twice from the same state: the same bits. And with skip set: the bits that were there.
+TEST(same_bits_and_skip) {
+    Case c;
+    case_init(&c, model, 4, 3, MUON_SCRATCH);
+    size_t bytes = c.table.numel * sizeof(float), states = c.table.state_numel * sizeof(float);
+    float *p[2], *first[2], *second[2], *weights = gpu_expected(c.table.numel);
+    fresh_gradients(&c, 1e-3);
+    for (int i = 0; i < 2; i++) {
+        p[i] = gpu_expected(c.table.numel), first[i] = gpu_expected(c.table.numel);
+        second[i] = gpu_expected(c.table.state_numel);
+    }
+    memcpy(p[0], c.params.host, bytes), memcpy(first[0], c.first.host, bytes);
+    memcpy(second[0], c.second.host, states);
+    case_update(&c);
+    memcpy(p[1], gpu_read(c.params), bytes), memcpy(first[1], gpu_read(c.first), bytes);
+    memcpy(second[1], gpu_read(c.second), states);
+    CHECK(memcmp(p[0], p[1], bytes) && memcmp(second[0], second[1], states));
+    upload(c.params, p[0]), upload(c.first, first[0]), upload(c.second, second[0]);
+    case_update(&c);
+    CHECK(!memcmp(p[1], gpu_read(c.params), bytes) && !memcmp(first[1], gpu_read(c.first), bytes));
+    CHECK(!memcmp(second[1], gpu_read(c.second), states));
+    memcpy(weights, gpu_read(c.weights), bytes);
+    c.host.skip = 1;
+    CUDA_CHECK(cudaMemcpy(c.step, &c.host, sizeof c.host, cudaMemcpyHostToDevice));
+    fresh_gradients(&c, 1e-3);
+    case_update(&c);
+    CHECK(!memcmp(p[1], gpu_read(c.params), bytes) && !memcmp(first[1], gpu_read(c.first), bytes));
+    CHECK(!memcmp(second[1], gpu_read(c.second), states));
+    CHECK(!memcmp(weights, gpu_read(c.weights), bytes));
+    case_free(&c);
+}
+
+TEST(memory_is_bounded) {
+    Config cfg;
+    Table t;
+    memset(&cfg, 0, sizeof cfg);
+    cfg.L = 48, cfg.C = 3072, cfg.F = 12288, cfg.H = 24, cfg.V = cfg.Vp = 128;
+    table_init(&t, &cfg);
+    CHECK(muon_bytes(&t, MUON_SCRATCH) <= (size_t)MUON_SCRATCH + (1 << 16));
+    CHECK(muon_bytes(&t, 1) >= sizeof(floatX) * 2 * 3072 * 12288);  // one matrix at least
+    CHECK(muon_bytes(&t, 1) < muon_bytes(&t, MUON_SCRATCH));
+    table_free(&t);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Speed.
+
+static __global__ void fill(float *x, size_t count, float scale) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    unsigned h = (unsigned)i * 2654435761u;
+    h = (h ^ h >> 15) * 2246822519u, h ^= h >> 13;
+    x[i] = scale * ((float)h * 0x1p-31f - 1);
+}
+
+static float *filled(size_t count, float scale) {
+    float *x;
+    CUDA_CHECK(cudaMalloc((void **)&x, count * sizeof(float)));
+    fill<<<(unsigned)ceil_div(count, (size_t)256), 256>>>(x, count, scale);
+    CUDA_LAUNCHED();
+    return x;
+}
+
+constexpr int BENCH_RUNS = 10;
+static cudaEvent_t bench_start, bench_stop;
+
+// Milliseconds of a run of `body`, after one that warms up.
+template <class Body> static double bench_ms(Body body) {
+    float ms;
+    body();
+    CUDA_CHECK(cudaEventRecord(bench_start));
+    for (int i = 0; i < BENCH_RUNS; i++) body();
+    CUDA_CHECK(cudaEventRecord(bench_stop));
+    CUDA_CHECK(cudaEventSynchronize(bench_stop));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, bench_start, bench_stop));
+    return ms / BENCH_RUNS;
+}
+
+static StepState *bench_step(void) {
+    StepState host, *step;
+    memset(&host, 0, sizeof host);
+    host.momentum = 0.95f, host.beta2 = 0.9f, host.lr = 1e-4f, host.grad_scale = 1;
+    host.adamw[GROUP_WTE] = {1e-4f, 1, 1, 0.8f, 0.95f, 1e-10f};
+    CUDA_CHECK(cudaMalloc((void **)&step, sizeof *step));
+    CUDA_CHECK(cudaMemcpy(step, &host, sizeof host, cudaMemcpyHostToDevice));
+    return step;
+}
+
+// An update of all matrices of a model; then its products alone, so that the difference is what
+// moves memory.
+static void bench_muon(int depth) {
+    Config cfg;
+    Table t;
+    Muon m;
+    memset(&cfg, 0, sizeof cfg);
+    cfg.L = depth, cfg.C = 64 * depth, cfg.F = 4 * cfg.C, cfg.H = cfg.C / 128;
+    cfg.V = cfg.Vp = 128;  // the tables are AdamW's
+    table_init(&t, &cfg);
+    muon_init(&m, &test_gpu, &t, MUON_SCRATCH);
+    double matrices = 0;
+    for (int i = 0; i < t.count; i++)
+        if (t.tensor[i].group == GROUP_MATRIX) matrices += (double)tensor_numel(&t.tensor[i]);
+    float *params = filled(t.numel, 0.05f), *grads = filled(t.numel, 1e-3f);
+    float *first = filled(t.numel, 1e-3f), *second = filled(t.state_numel, 1e-3f);
+    floatX *weights = sizeof(floatX) == 2 ? (floatX *)filled(t.numel / 2 + 1, 0) : NULL;
+    StepState *step = bench_step();
+    double ms = bench_ms(
+        [&] { muon_update(&m, &matmul_context, params, weights, grads, first, second, step, 0); });
+    double products = bench_ms([&] {
+        for (int i = 0; i < m.shapes; i++)
+            for (int from = 0; !m.shape[i].gate && from < m.shape[i].count;
+                 from += m.shape[i].batch) {
+                int left = m.shape[i].count - from;
+                muon_polar_express(&m.shape[i], &matmul_context,
+                                   left < m.shape[i].batch ? left : m.shape[i].batch, 0);
+            }
+    });
+    double bytes = (sizeof(floatX) == 2 ? 36 : 12 + 12 + 4 + 12) * matrices;
+    printf("Muon d%d, %.0fM: %.3f ms; products %.3f ms, %.0f TFLOP/s; the rest %.3f ms, %.0f GB/s; "
+           "%.0f MB of scratch\n",
+           depth, 1e-6 * matrices, ms, products, 1e-9 * muon_flops(&m) / products, ms - products,
+           1e-6 * bytes / (ms - products), 1e-6 * (double)muon_bytes(&t, MUON_SCRATCH));
+    CUDA_CHECK(cudaFree(params)), CUDA_CHECK(cudaFree(grads)), CUDA_CHECK(cudaFree(first));
+    CUDA_CHECK(cudaFree(second)), CUDA_CHECK(cudaFree(weights)), CUDA_CHECK(cudaFree(step));
+    muon_free(&m);
+    table_free(&t);
+}
+
+static void bench_adamw(size_t count) {
+    float *p = filled(count, 1), *m = filled(count, 1e-3f), *v = filled(count, 0);
+    float *g = filled(count, 1e-3f);
+    floatX *w = sizeof(floatX) == 2 ? (floatX *)filled(count / 2 + 1, 0) : NULL;
+    StepState *step = bench_step();
+    double ms = bench_ms([&] { adamw_update(p, w, m, v, g, step, GROUP_WTE, count, 0); });
+    printf("AdamW, %.0fM: %.3f ms, %.0f GB/s\n", 1e-6 * (double)count, ms,
+           1e-6 * (w ? 30 : 28) * (double)count / ms);
+    double *partial;
+    CUDA_CHECK(cudaMalloc((void **)&partial, sizeof *partial * (size_t)grad_norm_chunks(count)));
+    ms = bench_ms([&] { grad_norm_add(partial, g, count, 0); });
+    printf("sum of squares, %.0fM: %.3f ms, %.0f GB/s\n", 1e-6 * (double)count, ms,
+           4e-6 * (double)count / ms);
+}
+
+static void bench(void) {
+    CUDA_CHECK(cudaEventCreate(&bench_start));
+    CUDA_CHECK(cudaEventCreate(&bench_stop));
+    printf("%s, %s\n", test_gpu.name, PRECISION_NAME);
+    bench_adamw(309000000);
+    bench_muon(12);
+    bench_muon(24);
+}
+
+int main(int argc, char **argv) {
+    gpu_test_begin();
+    matmul_init(&matmul_context, &test_gpu);
+    if (argc > 1 && !strcmp(argv[1], "bench")) {
+        bench();
+        return 0;
+    }
+    RUN(gates);
+    RUN(single_shapes);
+    RUN(batches_and_chunks);
+    RUN(parts);
+    RUN(zero_gradient);
+    RUN(same_bits_and_skip);
+    RUN(memory_is_bounded);
+    matmul_free(&matmul_context);
+    return test_end();
+}
