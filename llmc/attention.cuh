@@ -1,0 +1,738 @@
+// attention.cuh: causal attention with windows and documents, flash forward and backward, on BF16
+// tensor cores (mma.sync: sm_80 and up). For the BF16 build; attention_fp32.cuh is the plain one.
+//
+//     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
+//     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)              j: the keys i sees
+//
+// Query i sees keys first_i .. i, first_i = max(doc_start[i], i - W): itself, at most W before it,
+// none of another document. There is no batch axis: the n tokens lie one behind the other, and a row
+// of the batch is where a document cannot reach beyond. Each head is a problem of its own.
+//
+// Backward, with do = dout and delta_i = do_i . o_i:
+//     dp_ij = do_i . v_j,       ds_ij = p_ij (dp_ij - delta_i),
+//     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i,   dq_i = scale sum_j ds_ij k_j
+//
+// q, k, v, dq, dk, dv are n rows of H heads of D, ld apart; o and dout the same, ldo apart; ld and
+// ldo are multiples of 8, D is 64 or 128. lse and delta are (H, n), FP32. Backward needs q, k, v, o
+// and lse. The (n, n) matrices s and p are never stored.
+//
+// FLASH ATTENTION (Dao et al. 2022). A block of threads holds a tile of queries, and walks over the
+// keys a tile at a time; a tile of s lives in registers, just as long as it is needed. For p that
+// takes the row's sum, which is known at the end only. So forward keeps for each query the largest
+// s so far, m, and adds up exp(s - m) and exp(s - m) v. When a later tile holds a larger s, what was
+// summed is multiplied by exp(m_old - m_new) and all is as if the new m had been there from the
+// start (softmax online). At the end o = sum / row sum, lse = m + log(row sum). Backward has lse,
+// and makes any tile of p again from q and k: 2 D multiplications an element instead of memory.
+//
+// Sums go over keys for dq, over queries for dk and dv, so backward is two kernels: one holds
+// queries and walks over keys, the other the reverse. That costs 7 products where 5 would do, but
+// each sum stays in the registers of one warp and has a fixed order: no atomics, the same bits
+// each time.
+//
+// TILES. Of all (query, key) tiles only those are visited in which some query sees some key:
+//
+//           keys ->                  forward, dq: block of queries q0 .. q1 visits the key
+//     q     # .  .  .  .  .          tiles of first_q0 .. q1. dk, dv: block of keys k0 .. k1
+//     u     # #  .  .  .  .          visits the query tiles of k0 .. last, the last query of
+//     e     # o  #  .  .  .          all that sees k1. first_i never falls, so whatever lies
+//     r     . #  o  #  .  .          between two visible tiles is visible. o: every pair is
+//     i     . .  #  o  #  .          visible. #: some pairs are not, and are masked element
+//     e     . .  .  #  o  #          by element. A warp knows this of its own 32 rows, and
+//     s     . .  .  .  .  |  n       steps over tiles of which it sees nothing.
+//
+// A WARP owns 32 rows of the result (dq's queries, dv's keys, ..), whatever D: two mma rows of
+// 16, and N / 8 mma columns across. x[m][c][2 half + e] of lane 4 g + t, as ptx.cuh draws it, is
+//
+//     row 16 m + 8 half + g,  column 8 c + 2 t + e
+//
+// The row's 4 lanes share its maximum and its sum. Every first product of a tile is rows times
+// rows, (32, D) (N, D)^T, both from shared memory; its result, made into p or ds in place, is the
+// left operand of the second, (32, N) (N, D).
+//
+// SHARED MEMORY holds tiles of D-wide rows. A lane of ldmatrix reads 16 bytes, 8 rows at the same
+// column at once; rows are a multiple of 128 bytes apart, so these would all lie in the same banks.
+// Chunk c of 16 bytes of row r therefore lies at place c ^ (r % 8):
+//
+//     row 0   0 1 2 3 4 5 6 7         the column of chunks 0, read at once, is the diagonal
+//     row 1   1 0 3 2 5 4 7 6         0, 1, 2, .. of places: 8 x 16 bytes in all 32 banks
+//     row 2   2 3 0 1 6 7 4 5  ..
+#ifndef LLMC_ATTENTION_CUH
+#define LLMC_ATTENTION_CUH
+
+#include <assert.h>
+#include <math.h>
+
+#include "llmc/ptx.cuh"  // ldmatrix, ldmatrix_trans, mma, cp_async_16, exp2_fast
+#include "llmc/vec.cuh"  // vec_load
+
+constexpr int ATTENTION_THREADS = 128;
+constexpr int WARP_ROWS = 32;  // of the result, per warp
+
+// Rows that a block of each kernel holds, and rows of a tile that it walks over.
+constexpr int FORWARD_QUERIES = 128, FORWARD_KEYS = 64;
+constexpr int DQ_QUERIES = 128, DQ_KEYS = 32;
+constexpr int DKV_KEYS = 64, DKV_QUERIES = 32;
+
+// A call's arguments; at_head: of one head, the pointers moved there.
+static inline float attention_scale(int D) { return 1.44f / sqrtf((float)D); }
+
+typedef struct {
+    bf16 *o;                // (n) rows of H D, ldo apart; backward reads it
+    float *lse;             // (H, n); backward reads it
+    const bf16 *q, *k, *v;  // (n) rows of H D, ld apart
+    const int *doc_start;   // (n)
+    bf16 *dq, *dk, *dv;     // as q, k, v
+    float *delta;           // (H, n)
+    const bf16 *dout;       // as o
+    int n, H, W, ldo, ld;
+    float scale;
+} Attention;
+
+template <int D> __device__ __forceinline__ void at_head(Attention &a, int head) {
+    int h = head * D;
+    size_t at = (size_t)head * (unsigned)a.n;
+    a.o += h, a.dout += h, a.q += h, a.k += h, a.v += h, a.dq += h, a.dk += h, a.dv += h;
+    a.lse += at, a.delta += at;
+}
+
+__device__ __forceinline__ int lane_id(void) { return (int)(threadIdx.x % WARP); }
+__device__ __forceinline__ int warp_id(void) {
+    return __shfl_sync(FULL_WARP, (int)(threadIdx.x / WARP), 0);
+}
+
+// The first key that query i sees. Never falls as i rises.
+__device__ __forceinline__ int first_key(const Attention &a, int i) {
+    return max(a.doc_start[i], i - a.W);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Tiles in shared memory. A tile is bf16[rows * D], at a multiple of 256 bytes.
+
+// Starts the copy of rows first .. first + ROWS - 1 of x to a tile, by all threads of the block.
+// Rows from n on become zeros.
+template <int D, int ROWS>
+__device__ __forceinline__ void tile_load(bf16 *tile,
+                                          const bf16 *x,  // (n) rows of D, ld apart
+                                          int first, int n, int ld) {
+    constexpr int CHUNKS = D / 8, STEP = ATTENTION_THREADS / CHUNKS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "a thread keeps its place in the swizzle");
+    int chunk = (int)(threadIdx.x % CHUNKS), row = (int)(threadIdx.x / CHUNKS);
+    unsigned to = shared_address(tile + row * D + 8 * (chunk ^ (row % 8)));
+    const char *from = (const char *)(x + 8 * chunk);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += STEP) {
+        bool there = first + row + r < n;
+        size_t at = (size_t)(unsigned)(there ? first + row + r : 0) * (2 * (unsigned)ld);
+        cp_async_16(to + (unsigned)(2 * r * D), from + at, there);
+    }
+}
+
+// Where this lane reads, for ldmatrix, of the 16 x 16 block in the corner of a tile. The block 16
+// columns further right is at this ^ 32, that 16 rows further down at + 16 rows. (The tile's own
+// address takes no part in bits 4 to 7.) The order of the block's four 8 x 8 matrices:
+//     down first:   0 2    r0 .. r3 are A's. Transposed: {r0, r1} is B's of the left 8 columns,
+//                   1 3    {r2, r3} of the right ones.
+//     across first: 0 1    The rows are B's columns: {r0, r1} is B's of the upper 8 rows,
+//                   2 3    {r2, r3} of the lower ones.
+template <int D> __device__ __forceinline__ unsigned lane_down(const bf16 *tile) {
+    int lane = lane_id(), row = lane % 16, chunk = lane / 16;
+    return shared_address(tile + row * D + 8 * (chunk ^ (row % 8)));
+}
+template <int D> __device__ __forceinline__ unsigned lane_across(const bf16 *tile) {
+    int lane = lane_id(), row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
+    return shared_address(tile + row * D + 8 * (chunk ^ (row % 8)));
+}
+
+// x = 0
+template <int N> __device__ __forceinline__ void clear_rows(float (&x)[2][N / 8][4]) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int c = 0; c < N / 8; c++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) x[m][c][e] = 0;
+}
+
+// x = a b^T: a (32, D), of lane_down, and b (N, D), of lane_across, in shared memory.
+template <int D, int N>
+__device__ __forceinline__ void multiply_rows(float (&x)[2][N / 8][4], unsigned a, unsigned b) {
+    clear_rows<N>(x);
+#pragma unroll
+    for (unsigned d = 0; d < D / 16; d++) {
+        unsigned left[2][4], right[4];
+        ldmatrix(left[0], a ^ (d << 5));
+        ldmatrix(left[1], (a ^ (d << 5)) + 32 * D);
+#pragma unroll
+        for (unsigned c = 0; c < N / 16; c++) {
+            ldmatrix(right, (b ^ (d << 5)) + c * 32 * D);
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                mma(x[m][2 * c], left[m], right[0], right[1]);
+                mma(x[m][2 * c + 1], left[m], right[2], right[3]);
+            }
+        }
+    }
+}
+
+// y += p b: p (32, 16) in registers, b (16, D), of lane_down, in shared memory.
+template <int D>
+__device__ __forceinline__ void multiply_add(float (&y)[2][D / 8][4], const unsigned (&p)[2][4],
+                                             unsigned b) {
+#pragma unroll
+    for (unsigned c = 0; c < D / 16; c++) {
+        unsigned right[4];
+        ldmatrix_trans(right, b ^ (c << 5));
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            mma(y[m][2 * c], p[m], right[0], right[1]);
+            mma(y[m][2 * c + 1], p[m], right[2], right[3]);
+        }
+    }
+}
+
+// Two floats, rounded, in a register; the first in the low half.
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned &>(two);
+}
+
+// Columns 16 k .. of a product as the left operand of the next: rounded to BF16 (ptx.cuh).
+template <int N>
+__device__ __forceinline__ void pack_columns(unsigned (&p)[2][4], const float (&x)[2][N][4],
+                                             int k) {
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        const float *two = x[r / 4][2 * k + r / 2 % 2] + r % 2 * 2;
+        p[r / 4][r % 4] = pack(two[0], two[1]);
+    }
+}
+
+// Writes a warp's 32 rows x, times factor[m][half], to rows first .. of y, as far as n. They pass
+// through 32 rows of a tile that only this warp still uses, to leave in pieces of 16 bytes.
+template <int D>
+__device__ __forceinline__ void store_rows(bf16 *y,  // (n) rows of D, ld apart
+                                           const float (&x)[2][D / 8][4],
+                                           const float (&factor)[2][2], bf16 *tile, int first,
+                                           int n, int ld) {
+    constexpr int CHUNKS = D / 8;
+    int lane = lane_id(), g = lane / 4, t = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                float f = factor[m][half];
+                bf16 *at = tile + (16 * m + 8 * half + g) * D + 8 * (c ^ g) + 2 * t;
+                *reinterpret_cast<unsigned *>(at) =
+                    pack(f * x[m][c][2 * half], f * x[m][c][2 * half + 1]);
+            }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < WARP_ROWS; r += WARP / CHUNKS) {
+        int row = r + lane / CHUNKS, chunk = lane % CHUNKS;
+        if (first + row < n)
+            *reinterpret_cast<uint4 *>(y + (size_t)(first + row) * (unsigned)ld + 8 * chunk) =
+                *reinterpret_cast<uint4 *>(tile + row * D + 8 * (chunk ^ (row % 8)));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward.
+
+// What a warp sees of a tile.
+typedef enum { SEES_NOTHING, SEES_SOME, SEES_ALL } Sight;
+
+// Of keys k0 .. k0 + KEYS - 1 by the warp's queries w0 .. w0 + 31, whose first keys are first[0..31].
+template <int KEYS>
+__device__ __forceinline__ Sight sight_of_keys(const int *first, int w0, int k0) {
+    if (k0 >= w0 + WARP_ROWS || k0 + KEYS <= first[0]) return SEES_NOTHING;
+    return k0 + KEYS - 1 <= w0 && k0 >= first[WARP_ROWS - 1] ? SEES_ALL : SEES_SOME;
+}
+
+// s = -infinity where query (row) w0 + .. does not see key (column) k0 + ..
+template <int KEYS>
+__device__ __forceinline__ void mask_keys(float (&s)[2][KEYS / 8][4], const int *first, int w0,
+                                          int k0) {
+    int lane = lane_id(), k = k0 + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = 16 * m + 8 * half + lane / 4;
+            int low = first[row] - k, high = w0 + row - k;
+#pragma unroll
+            for (int c = 0; c < KEYS / 8; c++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (8 * c + e < low || 8 * c + e > high) s[m][c][2 * half + e] = -INFINITY;
+        }
+}
+
+// Lets `largest` follow the rows' maxima, which now includes s, and scales sum and out with it.
+// largest need not be the true maximum: any number near it cancels in out / sum. So it follows only
+// when that has grown by a factor of more than 2^8; in most tiles out, which is twice as large as
+// s, is left alone.
+template <int D, int KEYS>
+__device__ __forceinline__ void follow_maximum(float (&largest)[2][2], float (&sum)[2][2],
+                                               float (&out)[2][D / 8][4],
+                                               const float (&s)[2][KEYS / 8][4], float scale2) {
+    float now[2][2];
+    bool grown = false;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float top = largest[m][half];
+#pragma unroll
+            for (int c = 0; c < KEYS / 8; c++)
+                top = fmaxf(top, fmaxf(s[m][c][2 * half], s[m][c][2 * half + 1]));
+            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+            now[m][half] = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+            grown |= scale2 * (now[m][half] - largest[m][half]) > 8;
+        }
+    if (!__any_sync(FULL_WARP, grown)) return;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float factor = exp2_fast(scale2 * (largest[m][half] - now[m][half]));
+            largest[m][half] = now[m][half], sum[m][half] *= factor;
+#pragma unroll
+            for (int c = 0; c < D / 8; c++)
+                out[m][c][2 * half] *= factor, out[m][c][2 * half + 1] *= factor;
+        }
+}
+
+// A tile of keys and one of values, as the kernels that hold queries walk over them. While one is
+// used, the next lands in another.
+template <int D, int KEYS> struct KeyStage { bf16 k[KEYS * D], v[KEYS * D]; };
+template <int D, int KEYS>
+__device__ __forceinline__ void key_stage_load(KeyStage<D, KEYS> &stage, const Attention &a,
+                                               int k0) {
+    tile_load<D, KEYS>(stage.k, a.k, k0, a.n, a.ld);
+    tile_load<D, KEYS>(stage.v, a.v, k0, a.n, a.ld);
+}
+
+template <int D> struct ForwardShared {
+    bf16 q[FORWARD_QUERIES * D];
+    KeyStage<D, FORWARD_KEYS> stage[2];
+    int first[FORWARD_QUERIES];  // first_key of each query
+};
+
+// A block: 128 queries of a head, 32 a warp, visited from their last key tile to their first, so
+// that each query meets itself in the first tile its warp computes: m is finite from then on.
+template <int D>
+static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
+    attention_forward_kernel(Attention a) {
+    constexpr int QUERIES = FORWARD_QUERIES, KEYS = FORWARD_KEYS;
+    static_assert(KEYS % WARP_ROWS == 0, "a warp's own keys are in one tile");
+    extern __shared__ __align__(1024) unsigned char memory[];
+    ForwardShared<D> &shared = *reinterpret_cast<ForwardShared<D> *>(memory);
+
+    int tile = (int)(gridDim.x / a.H) - 1 - (int)blockIdx.x / a.H, q0 = tile * QUERIES;
+    int w = warp_id() * WARP_ROWS, lane = lane_id();
+    at_head<D>(a, (int)blockIdx.x % a.H);
+    int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
+    tile_load<D, QUERIES>(shared.q, a.q, q0, a.n, a.ld);
+    key_stage_load(shared.stage[t1 & 1], a, t1 * KEYS);
+    shared.first[threadIdx.x] = first_key(a, min(q0 + (int)threadIdx.x, a.n - 1));
+
+    const int *first = shared.first + w;
+    unsigned q = lane_down<D>(shared.q + w * D);
+    float scale2 = a.scale * LOG2_E;  // exp(scale x) = 2^(scale2 x)
+    float largest[2][2], sum[2][2], out[2][D / 8][4];
+    clear_rows<D>(out);
+#pragma unroll
+    for (int r = 0; r < 4; r++) largest[r / 2][r % 2] = -INFINITY, sum[r / 2][r % 2] = 0;
+
+    for (int t = t1; t >= t0; t--) {
+        KeyStage<D, KEYS> &stage = shared.stage[t & 1];
+        cp_async_wait();
+        __syncthreads();  // tile t has landed, and nobody reads t + 1 any more
+        if (t > t0) key_stage_load(shared.stage[(t - 1) & 1], a, (t - 1) * KEYS);
+        Sight sight = sight_of_keys<KEYS>(first, q0 + w, t * KEYS);
+        if (sight == SEES_NOTHING) continue;
+        float s[2][KEYS / 8][4];
+        multiply_rows<D, KEYS>(s, q, lane_across<D>(stage.k));
+        if (sight == SEES_SOME) mask_keys<KEYS>(s, first, q0 + w, t * KEYS);
+        follow_maximum<D, KEYS>(largest, sum, out, s, scale2);
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) {
+            unsigned p[2][4];
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                int m = i / 8, c = 2 * k + i / 4 % 2, e = i % 4;
+                float x = exp2_fast(scale2 * s[m][c][e] - scale2 * largest[m][e / 2]);
+                s[m][c][e] = x, sum[m][e / 2] += x;
+            }
+            pack_columns(p, s, k);
+            multiply_add<D>(out, p, lane_down<D>(stage.v + 16 * k * D));
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        float &row_sum = sum[r / 2][r % 2];
+        row_sum += __shfl_xor_sync(FULL_WARP, row_sum, 1);
+        row_sum += __shfl_xor_sync(FULL_WARP, row_sum, 2);
+        int i = q0 + w + 8 * r + lane / 4;
+        if (lane % 4 == 0 && i < a.n) a.lse[i] = a.scale * largest[r / 2][r % 2] + logf(row_sum);
+        row_sum = 1 / row_sum;
+    }
+    store_rows<D>(a.o, out, sum, shared.q + w * D, q0 + w, a.n, a.ldo);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward: dq, and delta on the way.
+
+template <int D> struct DqShared {
+    bf16 q[DQ_QUERIES * D], dout[DQ_QUERIES * D];
+    KeyStage<D, DQ_KEYS> stage[2];
+    int first[DQ_QUERIES];
+    float delta[DQ_QUERIES];
+};
+
+// delta_i = do_i . o_i of queries w0 .. w0 + 31, to `rows` (32) in shared memory and to a.delta.
+template <int D>
+__device__ __forceinline__ void warp_delta(float *rows, const Attention &a, int w0) {
+    constexpr int LANES = D / 8;  // a row's: 8 columns each
+    int lane = lane_id();
+#pragma unroll 4
+    for (int row = lane / LANES; row < WARP_ROWS; row += WARP / LANES) {
+        float x[8], y[8], sum = 0;
+        bool there = w0 + row < a.n;
+        if (there) {
+            size_t at = (size_t)(w0 + row) * (unsigned)a.ldo + (unsigned)(lane % LANES * 8);
+            vec_load(x, a.dout + at), vec_load(y, a.o + at);
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum += x[d] * y[d];
+        }
+#pragma unroll
+        for (int d = LANES / 2; d > 0; d /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, d);
+        if (lane % LANES == 0) rows[row] = sum;
+        if (lane % LANES == 0 && there) a.delta[w0 + row] = sum;
+    }
+    __syncwarp();
+}
+
+// A block: 128 queries of a head, 32 a warp, and forward's walk, over smaller tiles since s and dp
+// are in registers together.
+template <int D>
+static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
+    attention_dq_kernel(Attention a) {
+    constexpr int QUERIES = DQ_QUERIES, KEYS = DQ_KEYS;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    DqShared<D> &shared = *reinterpret_cast<DqShared<D> *>(memory);
+
+    int tile = (int)(gridDim.x / a.H) - 1 - (int)blockIdx.x / a.H, q0 = tile * QUERIES;
+    int w = warp_id() * WARP_ROWS, lane = lane_id();
+    at_head<D>(a, (int)blockIdx.x % a.H);
+    int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
+    tile_load<D, QUERIES>(shared.q, a.q, q0, a.n, a.ld);
+    tile_load<D, QUERIES>(shared.dout, a.dout, q0, a.n, a.ldo);
+    key_stage_load(shared.stage[t1 & 1], a, t1 * KEYS);
+    shared.first[threadIdx.x] = first_key(a, min(q0 + (int)threadIdx.x, a.n - 1));
+    warp_delta<D>(shared.delta + w, a, q0 + w);
+
+    const int *first = shared.first + w;
+    unsigned q = lane_down<D>(shared.q + w * D), dout = lane_down<D>(shared.dout + w * D);
+    float scale2 = a.scale * LOG2_E, lse2[2][2], delta[2][2], factor[2][2], out[2][D / 8][4];
+    clear_rows<D>(out);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        int row = w + 8 * r + lane / 4;
+        lse2[r / 2][r % 2] = q0 + row < a.n ? LOG2_E * a.lse[q0 + row] : 0;
+        delta[r / 2][r % 2] = shared.delta[row];
+        factor[r / 2][r % 2] = a.scale;
+    }
+
+    for (int t = t1; t >= t0; t--) {
+        KeyStage<D, KEYS> &stage = shared.stage[t & 1];
+        cp_async_wait();
+        __syncthreads();  // tile t has landed, and nobody reads t + 1 any more
+        if (t > t0) key_stage_load(shared.stage[(t - 1) & 1], a, (t - 1) * KEYS);
+        Sight sight = sight_of_keys<KEYS>(first, q0 + w, t * KEYS);
+        if (sight == SEES_NOTHING) continue;
+        float s[2][KEYS / 8][4], dp[2][KEYS / 8][4];
+        multiply_rows<D, KEYS>(s, q, lane_across<D>(stage.k));
+        multiply_rows<D, KEYS>(dp, dout, lane_across<D>(stage.v));
+        if (sight == SEES_SOME) mask_keys<KEYS>(s, first, q0 + w, t * KEYS);
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) {
+            unsigned ds[2][4];
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                int m = i / 8, c = 2 * k + i / 4 % 2, e = i % 4;
+                float p = exp2_fast(scale2 * s[m][c][e] - lse2[m][e / 2]);
+                s[m][c][e] = p * (dp[m][c][e] - delta[m][e / 2]);
+            }
+            pack_columns(ds, s, k);
+            multiply_add<D>(out, ds, lane_down<D>(stage.k + 16 * k * D));
+        }
+    }
+    store_rows<D>(a.dq, out, factor, shared.q + w * D, q0 + w, a.n, a.ld);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward: dk and dv.
+
+constexpr int DKV_PAIRS = DKV_KEYS / WARP_ROWS;  // of warps: those of the same 32 keys
+constexpr int DKV_STAGES = 3;
+
+// A tile of queries, as the kernel that holds keys walks over them.
+template <int D> struct QueryStage {
+    bf16 q[DKV_QUERIES * D], dout[DKV_QUERIES * D];
+    float lse[DKV_QUERIES], delta[DKV_QUERIES];
+    int start[DKV_QUERIES];   // doc_start
+    int unused[DKV_QUERIES];  // up to a multiple of 256 bytes
+};
+template <int D>
+__device__ __forceinline__ void query_stage_load(QueryStage<D> &stage, const Attention &a, int i0) {
+    static_assert(DKV_QUERIES == WARP, "each of lse, delta and start is copied by a warp");
+    tile_load<D, DKV_QUERIES>(stage.q, a.q, i0, a.n, a.ld);
+    tile_load<D, DKV_QUERIES>(stage.dout, a.dout, i0, a.n, a.ldo);
+    int warp = warp_id(), i = i0 + lane_id();
+    const void *from = warp == 0   ? (const void *)(a.lse + i)
+                       : warp == 1 ? (const void *)(a.delta + i)
+                                   : (const void *)(a.doc_start + i);
+    if (warp < 3)
+        cp_async_4(shared_address(stage.lse + threadIdx.x), i < a.n ? from : a.lse, i < a.n);
+}
+
+template <int D> struct DkvShared {
+    bf16 kv[2][DKV_KEYS * D];                               // k, v
+    uint4 passed[2][DKV_PAIRS][DKV_QUERIES / 16][2][WARP];  // p of two tiles, from warp to warp
+    QueryStage<D> stage[DKV_STAGES];
+};
+
+// The last query that sees key k: the last i from k on with first_i <= k. The warp tries 32 places
+// between one that does and one that does not, until they are neighbours.
+__device__ __forceinline__ int last_query(const Attention &a, int k) {
+    int yes = k, no = min(a.n, k + a.W + 1), lane = lane_id();
+    while (no - yes > 1) {
+        int step = (no - yes + WARP - 1) / WARP, i = yes + (lane + 1) * step;
+        bool sees = i < no && a.doc_start[i] <= k;
+        yes += step * __popc(__ballot_sync(FULL_WARP, sees));
+        no = min(no, yes + step);
+    }
+    return yes;
+}
+
+// What queries i0 .. i0 + 31, whose documents begin at start[..], see of the warp's keys w0 ..
+// w0 + 31. Queries from n on see nothing.
+__device__ __forceinline__ Sight sight_by_queries(const int *start, int i0, int w0, int n, int W) {
+    int i1 = i0 + DKV_QUERIES - 1;
+    if (i1 < w0 || max(start[0], i0 - W) >= w0 + WARP_ROWS) return SEES_NOTHING;
+    bool all = i0 >= w0 + WARP_ROWS - 1 && i1 < n && max(start[DKV_QUERIES - 1], i1 - W) <= w0;
+    return all ? SEES_ALL : SEES_SOME;
+}
+
+// s = -infinity where query (column) i0 + .. does not see key (row) w0 + ..
+__device__ __forceinline__ void mask_queries(float (&s)[2][DKV_QUERIES / 8][4], const int *start,
+                                             int i0, int w0, int n, int W) {
+    int lane = lane_id();
+#pragma unroll
+    for (int c = 0; c < DKV_QUERIES / 8; c++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int column = 8 * c + lane % 4 * 2 + e, i = i0 + column, k = w0 + lane / 4;
+            int low = max(start[column], i - W) - k, high = (i < n ? i : -1) - k;
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int row = 16 * m + 8 * half;
+                    if (row < low || row > high) s[m][c][2 * half + e] = -INFINITY;
+                }
+        }
+}
+
+// Columns 16 k .. of s become p = exp(s - lse) = 2^(scale2 s - lse log2 e). Queries are columns.
+__device__ __forceinline__ void p_from_s(float (&s)[2][DKV_QUERIES / 8][4], const float *lse,
+                                         float scale2, int k) {
+#pragma unroll
+    for (int c = 2 * k; c < 2 * k + 2; c++) {
+        float2 two = *reinterpret_cast<const float2 *>(lse + 8 * c + lane_id() % 4 * 2);
+        float lse2[2] = {LOG2_E * two.x, LOG2_E * two.y};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float &x = s[i / 4][c][i % 4];
+            x = exp2_fast(scale2 * x - lse2[i % 2]);
+        }
+    }
+}
+
+// Columns 16 k .. of dp become ds = p (dp - delta), p packed.
+__device__ __forceinline__ void ds_from_dp(float (&dp)[2][DKV_QUERIES / 8][4],
+                                           const unsigned (&p)[2][4], const float *delta, int k) {
+#pragma unroll
+    for (int c = 2 * k; c < 2 * k + 2; c++) {
+        float2 two = *reinterpret_cast<const float2 *>(delta + 8 * c + lane_id() % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float *x = dp[i / 2][c] + i % 2 * 2;
+            unsigned both = p[i / 2][(c - 2 * k) * 2 + i % 2];
+            x[0] = __uint_as_float(both << 16) * (x[0] - two.x);
+            x[1] = __uint_as_float(both & 0xffff0000u) * (x[1] - two.y);
+        }
+    }
+}
+
+// A block: 64 keys of a head, visited by tiles of 32 queries. The rows are keys here: s and dp are
+// the transposed ones. 32 rows of dk and of dv do not fit into the registers of a warp, but into
+// those of two, which share the work evenly:
+//
+//     first warp     s = k q^T      p = exp(s - lse)     dv += p do
+//                                       | p, through shared memory
+//     second warp    dp = v do^T    ds = p (dp - delta)  dk += ds q
+//
+// Both do: (their 32 rows of k or v) (first tile)^T, something by element, += (that) (second tile),
+// so they run the same code with q and do exchanged. The second warp works one tile behind the
+// first: p is there when it comes, and one barrier a tile is all that is needed. Three stages: for
+// the tile that lands, the first warps' and the second warps'.
+template <int D>
+static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
+    attention_dkv_kernel(Attention a) {
+    constexpr int KEYS = DKV_KEYS, QUERIES = DKV_QUERIES;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    DkvShared<D> &shared = *reinterpret_cast<DkvShared<D> *>(memory);
+
+    int k0 = (int)blockIdx.x / a.H * KEYS, lane = lane_id();
+    int pair = warp_id() % DKV_PAIRS, second = warp_id() / DKV_PAIRS;
+    int w0 = k0 + pair * WARP_ROWS, t0 = k0 / QUERIES;
+    at_head<D>(a, (int)blockIdx.x % a.H);
+    tile_load<D, KEYS>(shared.kv[0], a.k, k0, a.n, a.ld);
+    tile_load<D, KEYS>(shared.kv[1], a.v, k0, a.n, a.ld);
+    query_stage_load(shared.stage[(unsigned)t0 % DKV_STAGES], a, t0 * QUERIES);
+    int t1 = last_query(a, min(k0 + KEYS, a.n) - 1) / QUERIES;
+
+    bf16 *own = shared.kv[second] + pair * WARP_ROWS * D;
+    unsigned rows = lane_down<D>(own);
+    float scale2 = a.scale * LOG2_E, out[2][D / 8][4];
+    clear_rows<D>(out);
+
+    for (int t = t0; t <= t1 + 1; t++) {
+        cp_async_wait();
+        __syncthreads();  // tile t has landed, p of t - 1 is there, and nobody reads t - 2 any more
+        if (t < t1)
+            query_stage_load(shared.stage[(unsigned)(t + 1) % DKV_STAGES], a, (t + 1) * QUERIES);
+        int mine = t - second, i0 = mine * QUERIES;
+        if (mine < t0 || mine > t1) continue;
+        const QueryStage<D> &stage = shared.stage[(unsigned)mine % DKV_STAGES];
+        Sight sight = sight_by_queries(stage.start, i0, w0, a.n, a.W);
+        if (sight == SEES_NOTHING) continue;
+
+        float x[2][QUERIES / 8][4];
+        multiply_rows<D, QUERIES>(x, rows, lane_across<D>(second ? stage.dout : stage.q));
+        if (sight == SEES_SOME && !second) mask_queries(x, stage.start, i0, w0, a.n, a.W);
+#pragma unroll
+        for (int k = 0; k < QUERIES / 16; k++) {
+            unsigned p[2][4];
+            uint4 *passed = &shared.passed[mine & 1][pair][k][0][lane];
+            if (second) {
+                reinterpret_cast<uint4 &>(p[0]) = passed[0];
+                reinterpret_cast<uint4 &>(p[1]) = passed[WARP];
+                ds_from_dp(x, p, stage.delta, k);
+                pack_columns(p, x, k);
+            } else {
+                p_from_s(x, stage.lse, scale2, k);
+                pack_columns(p, x, k);
+                passed[0] = reinterpret_cast<uint4 &>(p[0]);
+                passed[WARP] = reinterpret_cast<uint4 &>(p[1]);
+            }
+            multiply_add<D>(out, p, lane_down<D>((second ? stage.q : stage.dout) + 16 * k * D));
+        }
+    }
+    float f = second ? a.scale : 1, factor[2][2] = {{f, f}, {f, f}};
+    store_rows<D>(second ? a.dk : a.dv, out, factor, own, w0, a.n, a.ld);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launchers.
+
+// A block for each tile of `rows` rows and each head, the heads of a tile together, since so the
+// blocks that run at one time share their tiles' neighbourhood in L2. Kernels take the tiles that
+// have much to visit first: of a row's queries the last, of its keys the first.
+static inline void attention_launch(void (*kernel)(Attention), size_t shared, int rows,
+                                    const Attention &a, cudaStream_t stream) {
+    CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    kernel<<<(unsigned)(ceil_div(a.n, rows) * a.H), ATTENTION_THREADS, shared, stream>>>(a);
+    CUDA_LAUNCHED();
+}
+
+template <int D> static inline void attention_launch_backward(const Attention &a, cudaStream_t s) {
+    attention_launch(attention_dq_kernel<D>, sizeof(DqShared<D>), DQ_QUERIES, a, s);
+    attention_launch(attention_dkv_kernel<D>, sizeof(DkvShared<D>), DKV_KEYS, a, s);
+}
+
+static inline void attention_forward(bf16 *o,        // (n) rows of H D, ldo apart
+                                     float *lse,     // (H, n)
+                                     const bf16 *q,  // (n) rows of H D, ld apart; so k, v
+                                     const bf16 *k, const bf16 *v,
+                                     const int *doc_start,  // (n)
+                                     int n, int H, int D, int W, int ldo, int ld,
+                                     cudaStream_t stream) {
+    Attention a = {.o = o,
+                   .lse = lse,
+                   .q = q,
+                   .k = k,
+                   .v = v,
+                   .doc_start = doc_start,
+                   .dq = NULL,
+                   .dk = NULL,
+                   .dv = NULL,
+                   .delta = NULL,
+                   .dout = NULL,
+                   .n = n,
+                   .H = H,
+                   .W = min(W, n),
+                   .ldo = ldo,
+                   .ld = ld,
+                   .scale = attention_scale(D)};
+    assert(D == 64 || D == 128);
+    if (D == 128)
+        attention_launch(attention_forward_kernel<128>, sizeof(ForwardShared<128>), FORWARD_QUERIES,
+                         a, stream);
+    else
+        attention_launch(attention_forward_kernel<64>, sizeof(ForwardShared<64>), FORWARD_QUERIES,
+                         a, stream);
+}
+
+static inline void attention_backward(bf16 *dq,  // (n) rows of H D, ld apart; so dk, dv, q, k, v
+                                      bf16 *dk, bf16 *dv,
+                                      float *delta,      // (H, n), scratch
+                                      const bf16 *dout,  // (n) rows of H D, ldo apart; so o
+                                      const bf16 *o,
+                                      const float *lse,  // (H, n)
+                                      const bf16 *q, const bf16 *k, const bf16 *v,
+                                      const int *doc_start,  // (n)
+                                      int n, int H, int D, int W, int ldo, int ld,
+                                      cudaStream_t stream) {
+    Attention a = {.o = (bf16 *)o,
+                   .lse = (float *)lse,
+                   .q = q,
+                   .k = k,
+                   .v = v,
+                   .doc_start = doc_start,
+                   .dq = dq,
+                   .dk = dk,
+                   .dv = dv,
+                   .delta = delta,
+                   .dout = dout,
+                   .n = n,
+                   .H = H,
+                   .W = min(W, n),
+                   .ldo = ldo,
+                   .ld = ld,
+                   .scale = attention_scale(D)};
+    assert(D == 64 || D == 128);
+    if (D == 128)
+        attention_launch_backward<128>(a, stream);
+    else
+        attention_launch_backward<64>(a, stream);
+}
+
+#endif
