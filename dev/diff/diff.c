@@ -398,7 +398,10 @@ static int verdict(const Diff *d) {
     else
         printf("\nTOO FAR: %d of %d losses and %d of %d tensors; ", d->losses_failed, d->losses,
                d->tensors_failed, d->tensors);
-    printf("worst: %s, %.3g of what is allowed\n", d->worst_name, d->worst);
+    if (d->worst > 0)
+        printf("worst: %s, %.3g of what is allowed\n", d->worst_name, d->worst);
+    else
+        printf("no difference at all\n");
     return ok ? EXIT_OK : EXIT_INTERNAL;
 }
 
