@@ -56,6 +56,9 @@
 #else
 #include "llmc/attention.cuh"  // attention_forward, attention_backward
 #endif
+#ifdef USE_CUDNN
+#include "llmc/cudnn_attention.h"  // cudnn_attention_forward, cudnn_attention_backward
+#endif
 
 // =============================================================================================
 // Parameters: pointers into an arena laid out by the table. Weights are floatX; what is small
@@ -214,7 +217,11 @@ struct Model {
     Views<float> dw;
     bool held[MODEL_MAX_LAYERS];  // layers' weights between get and release
     Activations a;
-    void *activations;     // the memory behind a
+    void *activations;  // the memory behind a
+#ifdef USE_CUDNN
+    CudnnAttention *cudnn;
+    void *cudnn_work;
+#endif
     float *cosine, *sine;  // (T, D/2) each, of rotary
     Muon muon;
     StepState *step, *host_step;  // device, pinned
@@ -258,6 +265,36 @@ static double attention_flops(int n, int T, int C, int W, int products) {
     return 2.0 * products * n * C * keys;
 }
 
+// Attention by our own kernels; in a build with USE_CUDNN=1 by cuDNN's, but for samples, which come
+// in ever new lengths that cuDNN would have to plan.
+static void attend(Model *m, const DeviceBatch *b, LayerActivations *l, int W) {
+    int n = b->n, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
+    const floatX *q = l->qkv, *k = q + C, *v = k + C;
+#ifdef USE_CUDNN
+    if (b->T == m->cfg.T) {
+        cudnn_attention_forward(m->cudnn, l->att, l->lse, q, k, v, m->cudnn_work, n, b->T, H, D, W,
+                                C, 3 * C, m->stream);
+        return;
+    }
+#endif
+    attention_forward(l->att, l->lse, q, k, v, b->doc_start, n, H, D, W, C, 3 * C, m->stream);
+}
+
+// From a.dh, the gradient of att, to a.dqkv.
+static void attend_backward(Model *m, const DeviceBatch *b, const LayerActivations *l, int W) {
+    Activations *a = &m->a;
+    int n = b->n, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
+    const floatX *q = l->qkv, *k = q + C, *v = k + C;
+    floatX *dq = a->dqkv, *dk = dq + C, *dv = dk + C;
+#ifdef USE_CUDNN
+    cudnn_attention_backward(m->cudnn, dq, dk, dv, a->dh, l->att, l->lse, q, k, v, m->cudnn_work, n,
+                             b->T, H, D, W, C, 3 * C, m->stream);
+#else
+    attention_backward(dq, dk, dv, a->delta, a->dh, l->att, l->lse, q, k, v, b->doc_start, n, H, D,
+                       W, C, 3 * C, m->stream);
+#endif
+}
+
 // From tokens to the head's input a.hf.
 static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
     const Config *c = &m->cfg;
@@ -293,8 +330,7 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
         trace_op(t, "qk_norm_rope", i, 0, 4 * nC);
         qk_forward(l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
         trace_op(t, "attention", i, attention_flops(n, b->T, C, W, 2), 4 * nC);
-        attention_forward(l->att, l->lse, l->qkv, l->qkv + C, l->qkv + 2 * C, b->doc_start, n, H, D,
-                          W, C, 3 * C, s);
+        attend(m, b, l, W);
         trace_op(t, "wo", i, matmul_flops(n, C, C), matmul_bytes(n, C, C) + nC);
         matmul_forward(&m->matmul, x, matmul_operand(l->att), matmul_operand(lw->wo), add, n, C, C,
                        s);
@@ -397,8 +433,7 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dx), matmul_operand(w->wo), store, n, C, C, s);
     trace_op(t, "attention backward", i, attention_flops(n, b->T, C, W, 5), 8 * nC);
-    attention_backward(a->dqkv, a->dqkv + C, a->dqkv + 2 * C, a->delta, a->dh, l->att, l->lse,
-                       l->qkv, l->qkv + C, l->qkv + 2 * C, b->doc_start, n, H, D, W, C, 3 * C, s);
+    attend_backward(m, b, l, W);
     // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
     if (w->value_embed) {
         trace_op(t, "value_embed backward", i, 0, 3 * nC + 8.0 * n * C);
@@ -552,7 +587,8 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     result.loss = done->loss_sum / (double)phase->batch, result.grad_norm = done->grad_norm;
     result.finite = !done->skip;
     result.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
-    if (done->bad_tensor >= 0) result.bad_tensor = m->table.tensor[done->bad_tensor].name;
+    if (isfinite(result.loss) && done->bad_tensor >= 0)
+        result.bad_tensor = m->table.tensor[done->bad_tensor].name;
     int64_t row = result.bad_row < 0 ? 0 : result.bad_row;
     int slot = (int)((first + row / phase->micro_rows) % (m->slots - 1));
     result.origin = m->feed.slot[slot].origin[row % phase->micro_rows];
@@ -614,6 +650,9 @@ static void model_require(const Config *c) {
             "--channels %d, --heads %d: found heads of %d, expected 64 or 128 (the BF16 build's "
             "attention); choose --heads, or build with PRECISION=FP32",
             c->C, c->H, c->D);
+#ifdef USE_CUDNN
+    cudnn_attention_check(c->T, c->doc_mask);
+#endif
 }
 
 static void upload(void *device, const void *host, size_t bytes) {
@@ -626,6 +665,22 @@ static void *pinned(size_t bytes, const char *what) {
         die(EXIT_DEVICE, "pinned memory for %s: needed %zu bytes, found too little", what, bytes);
     return p;
 }
+
+#ifdef USE_CUDNN
+enum { CUDNN_DETERMINISTIC = 1 << 30 };  // bytes that cuDNN may take to be deterministic
+
+// Plans attention for every window, and takes the memory that it works in.
+static void cudnn_init(Model *m, const Phase *phase) {
+    const Config *c = &m->cfg;
+    int n = phase->micro_rows * phase->T;
+    size_t bytes = 0;
+    m->cudnn = cudnn_attention_init(CUDNN_DETERMINISTIC);
+    for (int i = 0; i < c->L; i++)
+        bytes = largest(bytes, cudnn_attention_bytes(m->cudnn, n, phase->T, c->H, c->D,
+                                                     phase->window[i], c->C, 3 * c->C));
+    m->cudnn_work = gpu_alloc(&m->gpu, bytes, "cuDNN's attention");
+}
+#endif
 
 // Gives the norms of the gradients their places: each tensor's chunks, one behind the other.
 static void norms_init(Model *m) {
@@ -696,6 +751,9 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
     size_t bytes = activations_layout(&m->a, cfg, (int)m->max_tokens, NULL);
     m->activations = gpu_alloc(&m->gpu, bytes, "the activations");
     activations_layout(&m->a, cfg, (int)m->max_tokens, (char *)m->activations);
+#ifdef USE_CUDNN
+    cudnn_init(m, &phase);
+#endif
     m->slots = (int)phase.micro_steps + 2;
     feed_init(&m->feed, &m->gpu, cfg, rows, phase.T, m->slots);
     m->host_losses = (float *)pinned(m->max_tokens * sizeof(float), "validation's losses");
@@ -718,6 +776,10 @@ void model_free(Model *m) {
     CUDA_CHECK(cudaEventDestroy(m->norms_done));
     CUDA_CHECK(cudaFreeHost(m->host_step));
     CUDA_CHECK(cudaFreeHost(m->host_losses));
+#ifdef USE_CUDNN
+    cudnn_attention_free(m->cudnn);
+    CUDA_CHECK(cudaFree(m->cudnn_work));
+#endif
     feed_free(&m->feed);
     muon_free(&m->muon);
     matmul_free(&m->matmul);
@@ -735,8 +797,8 @@ int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
     table_init(&table, c);
     double arena = (double)table.numel * sizeof(float);
     DescribeMemory list[] = {
-        {"masters (FP32)", arena},
-        {"weights (BF16)", sizeof(floatX) == 2 ? arena / 2 : 0},
+        {sizeof(floatX) == 2 ? "masters, and weights in BF16" : "parameters",
+         sizeof(floatX) == 2 ? 1.5 * arena : arena},
         {"gradients", arena},
         {"optimizer, first state", arena},
         {"optimizer, second state", (double)table.state_numel * sizeof(float)},
