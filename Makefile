@@ -56,18 +56,19 @@ GPU_HERE   = $(if $(wildcard /dev/nvidia0),need-cuda)
 GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
              $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu))))
 
-.PHONY: all cpu train_gpt2cu quickstart test test-asan test-mutations gpu-tests test-gpu sanitize bench bench-cpu \
-        doctor readme format clean
+.PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
+        gpu-tests test-gpu sanitize bench bench-cpu doctor readme format clean
 all: cpu $(if $(CUDA),train_gpt2cu,no-cuda)
 
 # The programs that need no GPU; the CUDA trainer of PRECISION.
 cpu: $(PROGRAMS)
 train_gpt2cu: $(if $(CUDA),$(BUILD)/train_gpt2cu$(FP32),need-cuda)
+# All CUDA code: the trainer in both precisions, tests, benchmark.
+cuda: $(if $(CUDA),$(addprefix $(BUILD)/,train_gpt2cu train_gpt2cu_fp32 bench/bench_gpu) $(GPU_TESTS),need-cuda)
 no-cuda:
 	@echo "$(CUDA_MISSING): built for the CPU only"
 need-cuda:
 	@echo "$(CUDA_MISSING)" >&2; exit 1
-.PHONY: no-cuda need-cuda
 
 # Everything built depends on one of these, which change only when compiler or flags do.
 STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/gpu/bf16 $(BUILD)/gpu/fp32; \
