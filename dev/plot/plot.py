@@ -1,0 +1,147 @@
+# plot.py: loss curves of one or more runs, as an SVG. Needs Python 3 and nothing else.
+#
+#     python3 dev/plot/plot.py --out docs/run.svg runs/a/log.csv "other seed=runs/b/log.csv"
+#
+# Each run is [LABEL=]FILE, a log.csv or any CSV with the columns step, loss, val_loss (one of the two
+# may be missing): the loss is a line, the mean of each of up to 200 groups of neighbouring steps; the
+# validation loss is a line with a circle at each point, and the last one's number beside it.
+# --x tokens counts tokens instead of steps; --top and --first cut away the steep start.
+import argparse
+import csv
+import math
+import os
+import sys
+from html import escape
+
+WIDTH, HEIGHT = 760, 420
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 40, 44  # margins
+POINTS = 200  # of a line
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]  # Okabe, Ito 2008
+
+
+def read_run(text, x_name, first):
+    """-> label, losses, validations: lists of (x, y)."""
+    label, _, path = text.rpartition("=")
+    label = label or os.path.basename(os.path.dirname(os.path.abspath(path)))
+    curves = {"loss": [], "val_loss": []}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            for name, curve in curves.items():
+                if row.get(name) and row.get(x_name) and float(row["step"]) >= first:
+                    curve.append((float(row[x_name]), float(row[name])))
+    if not curves["loss"] and not curves["val_loss"]:
+        sys.exit(f"{path}: found no row with {x_name} and loss or val_loss")
+    return label, curves["loss"], curves["val_loss"]
+
+
+def thin(points):
+    """The means of up to POINTS groups of neighbours."""
+    size = math.ceil(len(points) / POINTS) or 1
+    groups = [points[i:i + size] for i in range(0, len(points), size)]
+    return [tuple(sum(p[k] for p in group) / len(group) for k in (0, 1)) for group in groups]
+
+
+def ticks(low, high, count):
+    """Some `count` round numbers from low to high."""
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def number(value):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * size or (abs(value) >= size and size > 1e3):
+            return f"{value / size:g}{unit}"
+    return f"{value:.6g}"
+
+
+class Frame:
+    """Data to the picture's coordinates."""
+
+    def __init__(self, points, top):
+        self.x0, self.x1 = 0, max(x for x, _ in points) or 1
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        high = max(min(high, top), low) if top else high
+        room = 0.04 * (high - low) or 0.5
+        self.y0, self.y1 = low - room, high + room
+
+    def at(self, x, y):
+        px = LEFT + (x - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        py = HEIGHT - BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+        return f"{px:.1f}", f"{py:.1f}"
+
+
+def axes(frame, x_name, title):
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    yield f'<text x="{LEFT}" y="22" font-size="15" font-weight="bold">{escape(title)}</text>'
+    for y in ticks(frame.y0, frame.y1, 7):
+        py = frame.at(0, y)[1]
+        yield f'<path d="M{LEFT} {py}H{right}" stroke="#ddd"/>'
+        yield f'<text x="{LEFT - 8}" y="{py}" dy="4" text-anchor="end">{number(y)}</text>'
+    for x in ticks(frame.x0, frame.x1, 8):
+        px = frame.at(x, frame.y0)[0]
+        yield f'<path d="M{px} {bottom}v5" stroke="#555"/>'
+        yield f'<text x="{px}" y="{bottom + 19}" text-anchor="middle">{number(x)}</text>'
+    yield f'<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#555"/>'
+    yield f'<text x="{right}" y="{HEIGHT - 6}" text-anchor="end">{x_name}</text>'
+
+
+def curves(frame, losses, validations, color):
+    for points, width, opacity in ((thin(losses), 1.2, 0.55), (validations, 1.8, 1)):
+        if points:
+            path = " ".join(",".join(frame.at(*p)) for p in points)
+            yield (f'<polyline points="{path}" fill="none" stroke="{color}" '
+                   f'stroke-width="{width}" opacity="{opacity}" clip-path="url(#frame)"/>')
+    for p in validations:
+        if p[1] <= frame.y1:
+            x, y = frame.at(*p)
+            yield f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>'
+    if validations:
+        x, y = frame.at(*validations[-1])
+        yield (f'<text x="{x}" y="{y}" dy="-8" text-anchor="end" fill="{color}">'
+               f"{validations[-1][1]:.3f}</text>")
+
+
+def legend(runs):
+    for i, (label, losses, validations) in enumerate(runs):
+        y, color = TOP + 10 + 18 * i, COLORS[i % len(COLORS)]
+        x = WIDTH - RIGHT - 8
+        kind = "loss" if not validations else "validation" if not losses else "loss, validation"
+        yield f'<text x="{x - 34}" y="{y + 4}" text-anchor="end">{escape(label)}: {kind}</text>'
+        yield f'<path d="M{x - 26} {y}h26" stroke="{color}" stroke-width="2"/>'
+        if validations:
+            yield f'<circle cx="{x - 13}" cy="{y}" r="3" fill="{color}"/>'
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Loss curves of runs, as an SVG.")
+    parser.add_argument("run", nargs="+", help="[LABEL=]log.csv")
+    parser.add_argument("--out", required=True, help="the SVG")
+    parser.add_argument("--title", default="Loss, nats per token")
+    parser.add_argument("--x", choices=("step", "tokens"), default="step")
+    parser.add_argument("--top", type=float, default=0, help="losses above are cut off; 0: none")
+    parser.add_argument("--first", type=float, default=0, help="first step that is shown")
+    args = parser.parse_args()
+    try:
+        runs = [read_run(text, args.x, args.first) for text in args.run]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"plot.py: {error}")
+    frame = Frame([p for _, losses, validations in runs for p in thin(losses) + validations],
+                  args.top)
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+             f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12" '
+             'fill="#222">',
+             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+             f'<clipPath id="frame"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '
+             f'height="{HEIGHT - TOP - BOTTOM}"/></clipPath>',
+             *axes(frame, args.x, args.title)]
+    for i, (_, losses, validations) in enumerate(runs):
+        lines += curves(frame, losses, validations, COLORS[i % len(COLORS)])
+    lines += [*legend(runs), "</svg>"]
+    with open(args.out, "w") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
