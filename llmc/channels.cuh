@@ -22,9 +22,10 @@
 
 #include "llmc/vec.cuh"  // VEC, vec_load, vec_store
 
-constexpr int CHANNELS_HELD = 3 * VEC;  // by a thread
+constexpr int CHANNELS_HELD = 3 * VEC;               // by a thread
+constexpr int CHANNELS_WARP = WARP * CHANNELS_HELD;  // by a warp
 constexpr int CHANNELS_MAX = 8192;
-constexpr int CHANNELS_THREADS = ceil_div(CHANNELS_MAX, CHANNELS_HELD *WARP) * WARP;  // at most
+constexpr int CHANNELS_THREADS = ceil_div(CHANNELS_MAX, CHANNELS_WARP) * WARP;  // at most
 
 typedef float Channels[CHANNELS_HELD];
 
@@ -32,10 +33,10 @@ typedef float Channels[CHANNELS_HELD];
 // thread's pieces lie at fixed distances.
 __device__ __forceinline__ int channels_at(int k) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    return warp * WARP * CHANNELS_HELD + (k * WARP + lane) * VEC;
+    return warp * CHANNELS_WARP + (k * WARP + lane) * VEC;
 }
 
-// Registers keep the 16 bytes as they came until the numbers in them are used.
+// The condition is on the load alone: what it brings may stay packed until it is used.
 __device__ __forceinline__ void channels_load(Channels &x, const floatX *p /* (C) */, int C) {
 #pragma unroll
     for (int k = 0; k < CHANNELS_HELD / VEC; k++) {
@@ -95,7 +96,7 @@ typedef struct {
 static inline TokenLaunch token_launch(int n, int C, int repeats) {
     if (C > CHANNELS_MAX)
         die(EXIT_USAGE, "--channels: found %d, expected at most %d on a GPU", C, CHANNELS_MAX);
-    unsigned threads = (unsigned)(ceil_div(C, CHANNELS_HELD * WARP) * WARP);
+    unsigned threads = (unsigned)(ceil_div(C, CHANNELS_WARP) * WARP);
     unsigned tokens = threads == WARP ? TOKENS_AT_ONCE : 1;
     return {dim3(ceil_div((unsigned)n, tokens * (unsigned)repeats)), dim3(threads, tokens)};
 }

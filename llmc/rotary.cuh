@@ -73,7 +73,7 @@ __device__ __forceinline__ float lanes_sum(float x, int lanes) {
 
 constexpr int ROTARY_THREADS = 128;
 
-// HEADS: what a lane loads of before it computes.
+// A lane loads its parts of HEADS heads, then computes.
 template <int WIDTH, int HELD, int HEADS>
 static __global__ void __launch_bounds__(ROTARY_THREADS)
     qk_forward_kernel(floatX *qkv, float *r, const float *cosine, const float *sine, int n, int T,
@@ -169,8 +169,9 @@ static inline void rope_init(float *cosine,  // (T, D/2)
         }
 }
 
-constexpr int ROTARY_HELD = 16;  // pairs a lane holds where D/2 is no multiple of
-constexpr int ROTARY_MAX_D = 2 * WARP * ROTARY_HELD;  // VEC, or D is large
+// Heads whose D/2 is no multiple of VEC, or is large, take number by number, so many a lane.
+constexpr int ROTARY_HELD = 16;
+constexpr int ROTARY_MAX_D = 2 * WARP * ROTARY_HELD;
 
 // Whether a head's halves are whole pieces of VEC and a warp holds them in one each.
 static inline bool rotary_wide(int D) { return D / 2 % VEC == 0 && D / 2 <= WARP * VEC; }

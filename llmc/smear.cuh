@@ -9,18 +9,19 @@
 //
 // x, y and their gradients are (n, C), s is (n), gate (24), lambda (1); gate, lambda and their
 // gradients are FP32. A token reads its neighbours, so y is not x, nor dx dy. Backward needs x and
-// s. Moved per token, of floatX: forward 2C, backward 3C (neighbours come from cache).
+// s. Moved per token, of floatX: forward 2C, backward 3C: neighbours come from cache, and are loaded
+// whether they are of the document or not, rather than after doc_start.
 #ifndef LLMC_SMEAR_CUH
 #define LLMC_SMEAR_CUH
 
 #include "llmc/channels.cuh"  // Channels, channels_load, token_launch, tokens_add_sums
 #include "llmc/model.h"       // SMEAR_CHANNELS
 
-static_assert(SMEAR_CHANNELS % VEC == 0 && SMEAR_CHANNELS <= CHANNELS_HELD * WARP,
+static_assert(SMEAR_CHANNELS % VEC == 0 && SMEAR_CHANNELS <= VEC * WARP,
               "the gate's channels are whole first pieces of a token's first lanes");
 static_assert(SMEAR_CHANNELS < WARP, "a lane for each of the gate's sums, and one for lambda's");
 
-// This thread's part of x[0:24] . gate, and x[0:24] += a gate: the first piece of lanes 0, 1, 2.
+// This thread's part of x[0:24] . gate, and x[0:24] += a gate.
 __device__ __forceinline__ float smear_gate_dot(const Channels &x, const float *gate) {
     float sum = 0;
     if (channels_at(0) < SMEAR_CHANNELS)
@@ -43,10 +44,11 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
         bool first = doc_start[t] == t;
         Channels v, before;
         channels_load(v, x + at, C);
-        channels_load(before, first ? x : x + at - C, first ? 0 : C);
+        channels_load(before, x + at - (t > 0 ? C : 0), C);
         float z = channels_sum(smear_gate_dot(v, gate)), open = first ? 0 : 1 / (1 + expf(-z));
+        if (!first)
 #pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) v[i] += a * open * before[i];
+            for (int i = 0; i < CHANNELS_HELD; i++) v[i] += a * open * before[i];
         channels_store(y + at, v, C);
         if (threadIdx.x == 0) s[t] = open;
     }
@@ -66,12 +68,14 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
         bool first = doc_start[t] == t, passed_on = t + 1 < n && doc_start[t + 1] != t + 1;
         Channels d, after, before;
         channels_load(d, dy + at, C);
-        channels_load(after, dy + at + C, passed_on ? C : 0);
-        channels_load(before, first ? x : x + at - C, first ? 0 : C);
-        float open = s[t], open_after = passed_on ? s[t + 1] : 0;
-        float g = channels_sum(channels_dot(d, before)), dz = a * g * open * (1 - open);
+        channels_load(after, dy + at + (t + 1 < n ? C : 0), C);
+        channels_load(before, x + at - (t > 0 ? C : 0), C);
+        float open = s[t], open_after = t + 1 < n ? s[t + 1] : 0;
+        float product = channels_sum(channels_dot(d, before)), g = first ? 0 : product;
+        float dz = a * g * open * (1 - open);
+        if (passed_on)
 #pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) d[i] += a * open_after * after[i];
+            for (int i = 0; i < CHANNELS_HELD; i++) d[i] += a * open_after * after[i];
         smear_gate_add(d, dz, gate);
         channels_store(dx + at, d, C);
         if (threadIdx.x < SMEAR_CHANNELS) sum += dz * to_float(x[at + threadIdx.x]);

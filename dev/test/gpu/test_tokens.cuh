@@ -32,7 +32,7 @@ template <class T> static __global__ void bench_fill_kernel(T *x, size_t count) 
 // An array on the device, freed by gpu_end_case.
 template <class T> static inline T *bench_array(size_t count) {
     T *x = (T *)gpu_bytes("bench", count * sizeof(T));
-    bench_fill_kernel<<<1024, 256>>>(x, count);
+    bench_fill_kernel<T><<<1024, 256>>>(x, count);
     CUDA_LAUNCHED();
     return x;
 }
