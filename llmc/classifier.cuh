@@ -1,4 +1,4 @@
-// classifier.cuh: capped logits, their cross entropy, and its gradient, in one pass over the logits:
+// classifier.cuh: capped logits, their cross entropy and its gradient, in one pass over them:
 //
 //     z = 15 tanh(a / 15),   loss = log sum_v e^z_v - z_target
 //     da_v = scale (softmax(z)_v - [v = target]) (1 - (z_v / 15)^2)
@@ -12,9 +12,9 @@
 //
 // take two exponentials and a reciprocal (the special units do 16 a clock and SM, which at 4 TB/s
 // is 3.5 a logit of BF16). A block takes a row: it reads the logits, sums up e^(z-15), and keeps
-// e^(z-15) q (1-q) of each in shared memory; the sum known, it multiplies that by 4 scale / sum. Where
-// shared memory is too small, the row itself keeps it. The target's own gradient, in which much may
-// cancel, is computed apart. In FP32 throughout; kept numbers are rounded to floatX.
+// e^(z-15) q (1-q) of each in shared memory; the sum known, it multiplies that by 4 scale / sum.
+// Where shared memory is too small, the row itself keeps it. The target's own gradient, in which
+// much may cancel, is computed apart. In FP32 throughout; kept numbers are rounded to floatX.
 //
 // Moved: 2 Vp of floatX a row. V 50257 in BF16 takes 100 KB of shared memory: two blocks an SM.
 #ifndef LLMC_CLASSIFIER_CUH
@@ -23,6 +23,7 @@
 #include <assert.h>
 #include <limits.h>
 
+#include "llmc/ptx.cuh"   // exp2_fast
 #include "llmc/step.cuh"  // StepState
 #include "llmc/vec.cuh"   // VEC, vec_load, vec_store
 
@@ -31,18 +32,14 @@ constexpr int CLASSIFIER_AHEAD = 4;  // pieces on their way to a thread
 constexpr int LOSS_THREADS = 1024;
 constexpr float LOGIT_CAP = 15;
 
-// 2^x and 1/x. The special units' own are good to 2^-22, far below BF16; the FP32 build is held
+// 2^x and 1/x, in BF16 by the special units, which are good to 2^-22; the FP32 build is held
 // against a double.
 #ifdef PRECISION_FP32
-__device__ __forceinline__ float fast_exp2(float x) { return exp2f(x); }
-__device__ __forceinline__ float fast_reciprocal(float x) { return 1 / x; }
+__device__ __forceinline__ float cap_exp2(float x) { return exp2f(x); }
+__device__ __forceinline__ float cap_reciprocal(float x) { return 1 / x; }
 #else
-__device__ __forceinline__ float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float fast_reciprocal(float x) {
+__device__ __forceinline__ float cap_exp2(float x) { return exp2_fast(x); }
+__device__ __forceinline__ float cap_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
@@ -51,10 +48,10 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 
 // q of a logit, and e^(z-15) from it.
 __device__ __forceinline__ float cap_q(float a) {
-    return fast_reciprocal(fast_exp2(a * (2 / LOGIT_CAP * LOG2_E)) + 1);
+    return cap_reciprocal(cap_exp2(a * (2 / LOGIT_CAP * LOG2_E)) + 1);
 }
 __device__ __forceinline__ float cap_exp(float q) {
-    return fast_exp2(q * (-2 * LOGIT_CAP * LOG2_E));
+    return cap_exp2(q * (-2 * LOGIT_CAP * LOG2_E));
 }
 
 // A logit becomes e^(z-15) q (1-q); e^(z-15) joins the sum.
@@ -73,7 +70,7 @@ static __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
     floatX *row = logits + (size_t)blockIdx.x * Vp, *keep = SHARED ? (floatX *)shared_row : row;
     int target = targets[blockIdx.x], first = threadIdx.x * VEC, whole = V / VEC * VEC;
     float q = cap_q(to_float(row[target])), sum = 0;
-    __syncthreads();  // before the row is overwritten
+    if (!SHARED) __syncthreads();  // all have read it before the row is written over
 
     for (int i = first; i < whole; i += CLASSIFIER_AHEAD * CLASSIFIER_STEP) {
         float x[CLASSIFIER_AHEAD][VEC];

@@ -1,7 +1,7 @@
 // embed.cuh: the token embedding,
 //
 //     x = N(table[idx]),                  N(x) = r x,   r = 1 / sqrt(mean(x^2) + 2^-23)
-//     dtable[idx[t]] += dx[t]             dx is the gradient of table[idx], behind the norm's backward
+//     dtable[idx[t]] += dx[t]             dx: of table[idx], as the norm's backward left it
 //
 // idx is (n), x and dx (n, C), r (n), the table (Vp, C). Backward goes by the index of
 // llmc/embed_index.h: a warp takes a piece of a token's positions and 32 VEC of the channels, adds
@@ -83,14 +83,21 @@ static __global__ void __launch_bounds__(EMBED_THREADS)
     __shared__ alignas(16) float of_warp[WARPS][WARP][4];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int c = (blockIdx.x * WARP + lane) * 4;
+    partials += min(c, C - 4);
     for (int s = blockIdx.y; s < index.counts->splits; s += gridDim.y) {
         EmbedSplit split = index.split[s];
         float sum[4] = {};
-#pragma unroll 8
-        for (int k = warp; k < split.count; k += WARPS) {
-            float part[4] = {};
-            if (c < C) vec_load(part, partials + (size_t)(split.first + k) * C + c);
-            for (int i = 0; i < 4; i++) sum[i] += part[i];
+        for (int k = warp; k < split.count; k += EMBED_AHEAD * WARPS) {
+            float part[EMBED_AHEAD][4];
+#pragma unroll
+            for (int j = 0; j < EMBED_AHEAD; j++) {
+                int from = split.first + min(k + j * WARPS, split.count - 1);
+                vec_load(part[j], partials + (size_t)from * C);
+            }
+#pragma unroll
+            for (int j = 0; j < EMBED_AHEAD; j++)
+                for (int i = 0; i < 4; i++)
+                    if (k + j * WARPS < split.count) sum[i] += part[j][i];
         }
         vec_store(of_warp[warp][lane], sum);
         __syncthreads();

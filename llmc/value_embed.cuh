@@ -7,8 +7,8 @@
 //     dz = <dv[t][head], table[idx[t]][head]> 3 s (1 - s)
 //     dw[head] += dz h[t][0:12],   dh[t][0:12] += sum_head dz w[head]       value_gate_backward
 //
-// v and dv are heads of D in rows of stride ld (part of the packed q | k | v), h is (n, C), C = H D,
-// gate and dz (n, H) FP32, w (H, 12) FP32, the table (Vp, C). v's own gradient is dv, unchanged.
+// v and dv are heads of D in rows of stride ld (part of the packed q | k | v), h is (n, C),
+// C = H D, gate and dz (n, H) FP32, w (H, 12) FP32, the table (Vp, C). v's own gradient is dv.
 // Backward needs h, gate, dv and the table, not v.
 //
 // A head is the work of a team: 8 or 16 lanes (16 or 32 in FP32) with 16 bytes each at D = 64 and

@@ -65,6 +65,7 @@ static void check(int rows, int V, bool huge) {
     CHECK(same_bits(c.logits, again) && same_bits(losses, alone));
     losses.tolerance = sizeof(floatX) == 4 ? 1e-6 : 1e-5;
     gpu_compare(losses, losses_expected, rows, 1, "rows %d, V %d, huge %d", rows, V, huge);
+    if (huge) c.logits.tolerance = fmax(TOLERANCE_X, 5e-5);  // what cancels where one logit wins
     gpu_compare(c.logits, gradient, rows, c.Vp, "rows %d, V %d, huge %d", rows, V, huge);
     gpu_end_case();
 }
