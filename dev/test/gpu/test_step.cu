@@ -34,8 +34,8 @@ TEST(squares_neither_overflow_nor_vanish) {
     gpu_end_case();
 }
 
-// What step_check makes of `tensors` tensors of 1, 2, 3, ... chunks, whose sum of squares is 1 each,
-// but for `bad` of them, which are `value`.
+// What step_check makes of `tensors` tensors of 1, 2, 3, ... chunks. Each has squares that sum to 1,
+// but for bad0 and bad1, in which one is `value`.
 typedef struct {
     StepState step;
     double sums;  // of tensor_sums
