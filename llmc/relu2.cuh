@@ -3,8 +3,8 @@
 //     y = relu(x)^2,    dx = 2 relu(x) dy
 //
 // All are arrays of `count` elements, count % 8 == 0. Only x is kept: backward makes y again in the
-// pass that makes dx, for the gradient of the matrix that y goes into. Moved per element, of floatX:
-// forward 2, backward 4.
+// pass that makes dx, for the gradient of the matrix that y goes into. Moved per element, of
+// floatX: forward 2, backward 4.
 #ifndef LLMC_RELU2_CUH
 #define LLMC_RELU2_CUH
 

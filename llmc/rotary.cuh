@@ -1,18 +1,18 @@
-// rotary.cuh: position, and the norm of queries and keys, in one pass over the packed rows q | k | v
-// that the matmul left. Per head of q and of k:
+// rotary.cuh: position, and the norm of queries and keys, in one pass over the packed rows
+// q | k | v that the matmul left. Per head of q and of k, dims j and j + D/2 being a pair:
 //
-//     y = rope(x):   y1 = x1 cos + x2 sin,   y2 = x2 cos - x1 sin     dims j and j + D/2 as a pair,
-//     out = N(y) = r y                                                angle = pos * 100000^(-2j/D)
+//     y = rope(x):   y1 = x1 cos + x2 sin,   y2 = x2 cos - x1 sin,   angle = pos * 100000^(-2j/D)
+//     out = N(y) = r y
 //
 //     dy = r (dout - out mean(dout out)),   dx1 = dy1 cos - dy2 sin,   dx2 = dy2 cos + dy1 sin
 //
-// (RoFormer, Su et al. 2021; half-split, as in most public weights.) qkv and dqkv are (n, 3C) with H
-// heads of D in each third, both changed in place; v's third is left alone. r is (n, 2H): q's heads,
-// then k's. cosine and sine are (T, D/2), made in double on the host; token t stands at position
-// t % T. Backward needs forward's output and r. Moved per token, of floatX: forward 4C, backward 6C.
+// (RoFormer, Su et al. 2021; half-split.) qkv and dqkv are (n, 3C) with H heads of D in each third,
+// both changed in place; v's third is left alone. r is (n, 2H): q's heads, then k's. cosine and
+// sine are (T, D/2), made in double on the host; token t stands at position t % T. Backward needs
+// forward's output and r. Moved per token, of floatX: forward 4C, backward 6C.
 //
-// One warp takes one token, a few heads at a time; a head is the work of `lanes` lanes. A lane holds
-// pieces of WIDTH pairs. D = 128 in BF16, where 8 lanes hold a head and a warp holds four:
+// One warp takes one token, a few heads at a time; a head is the work of `lanes` lanes. A lane
+// holds pieces of WIDTH pairs. D = 128 in BF16, where 8 lanes hold a head and a warp holds four:
 //
 //     dims     0..7  8..15  ...  56..63 | 64..71  72..79  ...  120..127
 //     lane      0      1    ...    7    |    0       1    ...     7

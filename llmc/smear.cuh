@@ -9,8 +9,8 @@
 //
 // x, y and their gradients are (n, C), s is (n), gate (24), lambda (1); gate, lambda and their
 // gradients are FP32. A token reads its neighbours, so y is not x, nor dx dy. Backward needs x and
-// s. Moved per token, of floatX: forward 2C, backward 3C: neighbours come from cache, and are loaded
-// whether they are of the document or not, rather than after doc_start.
+// s. Moved per token, of floatX: forward 2C, backward 3C, as neighbours come from cache. They are
+// loaded whether they belong to the document or not, rather than after doc_start.
 #ifndef LLMC_SMEAR_CUH
 #define LLMC_SMEAR_CUH
 

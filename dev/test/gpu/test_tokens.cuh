@@ -37,7 +37,7 @@ template <class T> static inline T *bench_array(size_t count) {
     return x;
 }
 
-// Times run(), which must move `moved` numbers of floatX for each of n C channels, and prints a line.
+// Times run(), which must move `moved` numbers of floatX for each of n C channels; prints a line.
 template <class Run>
 static inline void bench(const char *name, int n, int C, double moved, Run run) {
     const int warm = 3, times = 20;
