@@ -4,7 +4,9 @@
 #
 # --sanitize before the programs: each one with GRID=small under each tool of compute-sanitizer,
 # several at a time. Only kernels of ours are looked at (the global namespace: _Z and a digit), not
-# those of NVIDIA's libraries. What they printed stands in $BUILD/sanitize/.
+# those of NVIDIA's libraries. What they printed stands in $BUILD/sanitize/. cuBLAS's kernels for
+# Hopper do not launch under racecheck (CUDA 13.0): BF16 programs that multiply matrices are left out
+# of it; the same kernels of ours run under it in their FP32 builds.
 sanitize=
 [ "$1" = --sanitize ] && { sanitize=1; shift; }
 no_gpu=$([ $# -eq 0 ] && echo "no GPU and no nvcc: skipped" || GPU_PROBE=1 "$1")
@@ -23,8 +25,14 @@ rm -rf "$logs"
 mkdir -p "$logs"
 start=$(date +%s)
 for tool in racecheck memcheck initcheck synccheck; do
-    for program; do echo "$tool $program"; done
-done | xargs -P "${JOBS:-12}" -L 1 sh -c '
+    for program; do
+        case "$tool $program" in
+        racecheck*/bf16/test_matmul | racecheck*/bf16/test_muon | racecheck*/bf16/test_model) ;;
+        *) echo "$tool $program" ;;
+        esac
+    done
+done >"$logs/list"
+xargs -P "${JOBS:-12}" -L 1 <"$logs/list" sh -c '
     log="$logs/$0.$(basename "$(dirname "$1")").$(basename "$1")"
     timeout 400 compute-sanitizer --tool $0 --kernel-name regex="^_Z[0-9]" --error-exitcode 99 \
         --print-limit 10 --max-connections 100 "$1" >"$log" 2>&1 && touch "$log.ok"'
@@ -39,4 +47,4 @@ for log in "$logs"/*check.*; do
 done
 echo "$# programs under memcheck, racecheck, initcheck, synccheck: $(($(date +%s) - start)) s"
 echo "$((count - failed)) passed, $failed failed"
-[ "$failed" -eq 0 ] && [ "$count" -eq $((4 * $#)) ]
+[ "$failed" -eq 0 ] && [ "$count" -eq "$(wc -l <"$logs/list")" ]
