@@ -253,7 +253,7 @@ static inline TensorRows tensors_compare(const char *path_a, const char *path_b,
 // The rows of a group: up to `top` of them (0: all), those past their limit always; not what went
 // into the step and is equal.
 static inline void tensors_print_group(const TensorRows *rows, TensorGroup group, int top) {
-    static const char *const title[OF_GROUPS] = {"the step", "gradient of", "parameters after it"};
+    static const char *const title[OF_GROUPS] = {"the step", "gradient of", "updated parameter"};
     int shown = 0, left_out = 0;
     for (int i = 0; i < rows->count; i++) {
         const TensorRow *x = &rows->row[i];
