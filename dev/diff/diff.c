@@ -213,7 +213,8 @@ static bool is_bf16(const Diff *d) {
 
 // What is allowed: as the flags say, else by whether a side computes in BF16.
 static Tolerances tolerances(const Diff *d, double *each, double *mean) {
-    static const Tolerances by_precision[2] = {{1e-6, 1e-5, 1e-4, 1e-4}, {5e-3, 2e-2, 1e-1, 2e-2}};
+    static const Tolerances by_precision[2] = {{1e-6, 1e-5, 1e-4, 1e-4, false},
+                                               {5e-3, 2e-2, 1e-1, 2e-2, true}};
     bool bf16 = is_bf16(d);
     Tolerances t = by_precision[bf16];
     *each = d->loss_tol >= 0 ? d->loss_tol : bf16 ? 0.03 : 1e-3;
