@@ -349,6 +349,16 @@ TEST(zero_gradient) {
     case_free(&c);
 }
 
+// All that an update may change: parameters, momentum, second states, working copies.
+static float *snapshot(Case *c) {
+    size_t numel = c->table.numel, bytes = numel * sizeof(float);
+    float *all = gpu_expected(3 * numel + c->table.state_numel);
+    memcpy(all, gpu_read(c->params), bytes), memcpy(all + numel, gpu_read(c->first), bytes);
+    memcpy(all + 2 * numel, gpu_read(c->weights), bytes);
+    memcpy(all + 3 * numel, gpu_read(c->second), c->table.state_numel * sizeof(float));
+    return all;
+}
+
 static void upload(GpuArray<float> &x, const float *from) {
     CUDA_CHECK(cudaMemcpy(x.device, from, x.count * sizeof(float), cudaMemcpyHostToDevice));
 }
@@ -357,31 +367,20 @@ static void upload(GpuArray<float> &x, const float *from) {
 TEST(same_bits_and_skip) {
     Case c;
     case_init(&c, model, 4, 3, MUON_SCRATCH);
-    size_t bytes = c.table.numel * sizeof(float), states = c.table.state_numel * sizeof(float);
-    float *p[2], *first[2], *second[2], *weights = gpu_expected(c.table.numel);
+    size_t numel = c.table.numel, bytes = (3 * numel + c.table.state_numel) * sizeof(float);
     fresh_gradients(&c, 1e-3);
-    for (int i = 0; i < 2; i++) {
-        p[i] = gpu_expected(c.table.numel), first[i] = gpu_expected(c.table.numel);
-        second[i] = gpu_expected(c.table.state_numel);
-    }
-    memcpy(p[0], c.params.host, bytes), memcpy(first[0], c.first.host, bytes);
-    memcpy(second[0], c.second.host, states);
+    float *start = snapshot(&c);
     case_update(&c);
-    memcpy(p[1], gpu_read(c.params), bytes), memcpy(first[1], gpu_read(c.first), bytes);
-    memcpy(second[1], gpu_read(c.second), states);
-    CHECK(memcmp(p[0], p[1], bytes) && memcmp(second[0], second[1], states));
-    upload(c.params, p[0]), upload(c.first, first[0]), upload(c.second, second[0]);
+    float *once = snapshot(&c);
+    CHECK(memcmp(start, once, bytes));
+    upload(c.params, start), upload(c.first, start + numel), upload(c.second, start + 3 * numel);
     case_update(&c);
-    CHECK(!memcmp(p[1], gpu_read(c.params), bytes) && !memcmp(first[1], gpu_read(c.first), bytes));
-    CHECK(!memcmp(second[1], gpu_read(c.second), states));
-    memcpy(weights, gpu_read(c.weights), bytes);
+    CHECK(!memcmp(once, snapshot(&c), bytes));
     c.host.skip = 1;
     CUDA_CHECK(cudaMemcpy(c.step, &c.host, sizeof c.host, cudaMemcpyHostToDevice));
     fresh_gradients(&c, 1e-3);
     case_update(&c);
-    CHECK(!memcmp(p[1], gpu_read(c.params), bytes) && !memcmp(first[1], gpu_read(c.first), bytes));
-    CHECK(!memcmp(second[1], gpu_read(c.second), states));
-    CHECK(!memcmp(weights, gpu_read(c.weights), bytes));
+    CHECK(!memcmp(once, snapshot(&c), bytes));
     case_free(&c);
 }
 

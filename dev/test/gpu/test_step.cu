@@ -34,7 +34,7 @@ TEST(squares_neither_overflow_nor_vanish) {
     gpu_end_case();
 }
 
-// What step_check makes of `tensors` tensors of 1, 2, 3, ... chunks. Each has squares that sum to 1,
+// What step_check makes of `tensors` tensors of 1, 2, 3, ... chunks. The squares of each sum to 1,
 // but for bad0 and bad1, in which one is `value`.
 typedef struct {
     StepState step;
