@@ -50,14 +50,14 @@ CUDA_LIBS  = -L$(CUDA_LIB) -lcublasLt $(if $(filter /usr/%-linux-gnu,$(CUDA_LIB)
 nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $< $(filter %.o,$^) -o $@ \
              $(if $(filter $(CUDNN_O),$^),$(CUDNN_L)) $(CUDA_LIBS)
 
-PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram)
+PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram diff)
 TESTS      = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
 GPU_HERE   = $(if $(wildcard /dev/nvidia0),need-cuda)
 GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
              $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu))))
 
 .PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
-        gpu-tests test-gpu sanitize bench bench-cpu doctor readme format clean
+        gpu-tests test-gpu sanitize diff bench bench-cpu doctor readme format clean
 all: cpu $(if $(CUDA),train_gpt2cu,no-cuda)
 
 # The programs that need no GPU; the CUDA trainer of PRECISION.
@@ -87,6 +87,9 @@ $(BUILD)/train_gpt2cu: train_gpt2.cu $(CUDNN_O) $(BUILD)/flags.cuda
 
 $(BUILD)/train_gpt2cu_fp32: train_gpt2.cu $(BUILD)/flags.cuda
 	$(call nvcc,-DPRECISION_FP32)
+
+$(BUILD)/diff: dev/diff/diff.c $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
 
 $(BUILD)/%: dev/data/%.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
@@ -145,6 +148,13 @@ test-gpu: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
 # The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
 sanitize: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
 	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(if $(CUDA),$(filter-out %_cudnn_attention,$(GPU_TESTS)))
+
+# Two trainers on the same seed and data: losses, then gradients, logits and updated parameters, worst
+# first. A, B: programs, folders of runs or dumps; DIFF: flags of build/diff, behind -- the trainers'.
+A ?= $(BUILD)/train_gpt2
+B ?= $(if $(CUDA),$(BUILD)/train_gpt2cu_fp32,$(BUILD)/train_gpt2)
+diff: cpu $(filter $(BUILD)/train_gpt2cu%,$(A) $(B))
+	@$(BUILD)/diff $(A) $(B) $(DIFF)
 
 # Every operation of a step on the GPU: us, GB/s or TFLOP/s, % of the ceiling, share of the step.
 bench: $(if $(CUDA),$(BUILD)/bench/bench_gpu,$(GPU_HERE))
