@@ -171,7 +171,7 @@ doctor:
 	@echo "PCRE2       $(if $(PCRE2),found,not found: no GPT-2 encoding (byte tokens work); install libpcre2-dev)"
 	@echo "OpenBLAS    $(if $(BLAS),found,not found: make bench-cpu compares with nothing; install libopenblas-dev)"
 	@echo "CUDA        $(if $(CUDA),$$($(NVCC) --version | sed -n 's/.*release \([^ ,]*\),.*/\1/p') in $(CUDA_DIR),$(CUDA_MISSING): no CUDA trainer)"
-	@echo "GPU         $(if $(GPU_ARCH),$$(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs),none here; ARCH= names the one to build for): code for sm_$(subst $(comma), sm_,$(ARCH))"
+	@$(if $(CUDA),,#)echo "GPU         $(if $(GPU_ARCH),$$(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs),none here; ARCH= names the one to build for): code for sm_$(subst $(comma), sm_,$(ARCH))"
 	@$(FIND) cudnn          | awk '{ print "cuDNN       " $$3 " at " $$2; found = 1 } END { if (!found) print "cuDNN       not found: no USE_CUDNN=1; set CUDNN_HOME" }'
 	@$(FIND) cudnn-frontend | awk '{ print "  frontend  " $$3 " at " $$1; found = 1 } END { if (!found) print "  frontend  not found: no USE_CUDNN=1; install the wheel nvidia-cudnn-frontend or set CUDNN_FRONTEND_PATH" }'
 	@$(FIND) nccl           | awk '{ print "NCCL        " $$3 " at " $$2 ", not used yet" }'
