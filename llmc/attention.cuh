@@ -121,9 +121,9 @@ __device__ __forceinline__ void tile_load(bf16 *tile,
     const char *from = (const char *)(x + 8 * chunk);
 #pragma unroll
     for (int r = 0; r < ROWS; r += STEP) {
-        bool there = first + row + r < n;
-        size_t at = (size_t)(unsigned)(there ? first + row + r : 0) * (2 * (unsigned)ld);
-        cp_async_16(to + (unsigned)(2 * r * D), from + at, there);
+        unsigned i = (unsigned)(first + row + r);
+        cp_async_16(to + (unsigned)(2 * r * D), from + (size_t)i * (2 * (unsigned)ld),
+                    i < (unsigned)n);
     }
 }
 
@@ -174,14 +174,14 @@ __device__ __forceinline__ void multiply_rows(float (&x)[2][N / 8][4], unsigned 
     }
 }
 
-// y += p b: p (32, 16) in registers, b (16, D), of lane_down, in shared memory.
+// y += p b: p (32, 16) in registers, b (16, D), rows 16 k .. of a tile, of lane_down.
 template <int D>
 __device__ __forceinline__ void multiply_add(float (&y)[2][D / 8][4], const unsigned (&p)[2][4],
-                                             unsigned b) {
+                                             unsigned b, int k) {
 #pragma unroll
     for (unsigned c = 0; c < D / 16; c++) {
         unsigned right[4];
-        ldmatrix_trans(right, b ^ (c << 5));
+        ldmatrix_trans(right, (b ^ (c << 5)) + (unsigned)(k * 32 * D));
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             mma(y[m][2 * c], p[m], right[0], right[1]);
@@ -331,9 +331,9 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     extern __shared__ __align__(1024) unsigned char memory[];
     ForwardShared<D> &shared = *reinterpret_cast<ForwardShared<D> *>(memory);
 
-    int tile = (int)(gridDim.x / a.H) - 1 - (int)blockIdx.x / a.H, q0 = tile * QUERIES;
+    int q0 = (int)(gridDim.y - 1 - blockIdx.y) * QUERIES;
     int w = warp_id() * WARP_ROWS, lane = lane_id();
-    at_head<D>(a, (int)blockIdx.x % a.H);
+    at_head<D>(a, (int)blockIdx.x);
     int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
     tile_load<D, QUERIES>(shared.q, a.q, q0, a.n, a.ld);
     key_stage_load(shared.stage[t1 & 1], a, t1 * KEYS);
@@ -368,7 +368,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
                 s[m][c][e] = x, sum[m][e / 2] += x;
             }
             pack_columns(p, s, k);
-            multiply_add<D>(out, p, lane_down<D>(stage.v + 16 * k * D));
+            multiply_add<D>(out, p, lane_down<D>(stage.v), k);
         }
     }
 
@@ -379,7 +379,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
         row_sum += __shfl_xor_sync(FULL_WARP, row_sum, 2);
         int i = q0 + w + 8 * r + lane / 4;
         if (lane % 4 == 0 && i < a.n) a.lse[i] = a.scale * largest[r / 2][r % 2] + logf(row_sum);
-        row_sum = 1 / row_sum;
+        row_sum = __fdividef(1, row_sum);
     }
     store_rows<D>(a.o, out, sum, shared.q + w * D, q0 + w, a.n, a.ldo);
 }
@@ -426,9 +426,9 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     extern __shared__ __align__(1024) unsigned char memory[];
     DqShared<D> &shared = *reinterpret_cast<DqShared<D> *>(memory);
 
-    int tile = (int)(gridDim.x / a.H) - 1 - (int)blockIdx.x / a.H, q0 = tile * QUERIES;
+    int q0 = (int)(gridDim.y - 1 - blockIdx.y) * QUERIES;
     int w = warp_id() * WARP_ROWS, lane = lane_id();
-    at_head<D>(a, (int)blockIdx.x % a.H);
+    at_head<D>(a, (int)blockIdx.x);
     int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
     tile_load<D, QUERIES>(shared.q, a.q, q0, a.n, a.ld);
     tile_load<D, QUERIES>(shared.dout, a.dout, q0, a.n, a.ldo);
@@ -469,7 +469,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
                 s[m][c][e] = p * (dp[m][c][e] - delta[m][e / 2]);
             }
             pack_columns(ds, s, k);
-            multiply_add<D>(out, ds, lane_down<D>(stage.k + 16 * k * D));
+            multiply_add<D>(out, ds, lane_down<D>(stage.k), k);
         }
     }
     store_rows<D>(a.dq, out, factor, shared.q + w * D, q0 + w, a.n, a.ld);
@@ -580,6 +580,42 @@ __device__ __forceinline__ void ds_from_dp(float (&dp)[2][DKV_QUERIES / 8][4],
     }
 }
 
+// dv of the warp's keys, += what the queries of a tile give; p is passed on. rows: of k, lane_down.
+template <int D>
+__device__ __forceinline__ void visit_first(float (&out)[2][D / 8][4], unsigned rows,
+                                            const QueryStage<D> &stage, uint4 *passed,
+                                            const Attention &a, Sight sight, int i0, int w0) {
+    float s[2][DKV_QUERIES / 8][4];
+    multiply_rows<D, DKV_QUERIES>(s, rows, lane_across<D>(stage.q));
+    if (sight == SEES_SOME) mask_queries(s, stage.start, i0, w0, a.n, a.W);
+#pragma unroll
+    for (int k = 0; k < DKV_QUERIES / 16; k++) {
+        unsigned p[2][4];
+        p_from_s(s, stage.lse, a.scale * LOG2_E, k);
+        pack_columns(p, s, k);
+        passed[2 * k * WARP] = reinterpret_cast<uint4 &>(p[0]);
+        passed[(2 * k + 1) * WARP] = reinterpret_cast<uint4 &>(p[1]);
+        multiply_add<D>(out, p, lane_down<D>(stage.dout), k);
+    }
+}
+
+// dk of the warp's keys, += what the queries of a tile give. rows: of v, lane_down.
+template <int D>
+__device__ __forceinline__ void visit_second(float (&out)[2][D / 8][4], unsigned rows,
+                                             const QueryStage<D> &stage, const uint4 *passed) {
+    float dp[2][DKV_QUERIES / 8][4];
+    multiply_rows<D, DKV_QUERIES>(dp, rows, lane_across<D>(stage.dout));
+#pragma unroll
+    for (int k = 0; k < DKV_QUERIES / 16; k++) {
+        unsigned p[2][4];
+        reinterpret_cast<uint4 &>(p[0]) = passed[2 * k * WARP];
+        reinterpret_cast<uint4 &>(p[1]) = passed[(2 * k + 1) * WARP];
+        ds_from_dp(dp, p, stage.delta, k);
+        pack_columns(p, dp, k);
+        multiply_add<D>(out, p, lane_down<D>(stage.q), k);
+    }
+}
+
 // A block: 64 keys of a head, visited by tiles of 32 queries. The rows are keys here: s and dp are
 // the transposed ones. 32 rows of dk and of dv do not fit into the registers of a warp, but into
 // those of two, which share the work evenly:
@@ -599,10 +635,10 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     extern __shared__ __align__(1024) unsigned char memory[];
     DkvShared<D> &shared = *reinterpret_cast<DkvShared<D> *>(memory);
 
-    int k0 = (int)blockIdx.x / a.H * KEYS, lane = lane_id();
+    int k0 = (int)blockIdx.y * KEYS, lane = lane_id();
     int pair = warp_id() % DKV_PAIRS, second = warp_id() / DKV_PAIRS;
     int w0 = k0 + pair * WARP_ROWS, t0 = k0 / QUERIES;
-    at_head<D>(a, (int)blockIdx.x % a.H);
+    at_head<D>(a, (int)blockIdx.x);
     tile_load<D, KEYS>(shared.kv[0], a.k, k0, a.n, a.ld);
     tile_load<D, KEYS>(shared.kv[1], a.v, k0, a.n, a.ld);
     query_stage_load(shared.stage[(unsigned)t0 % DKV_STAGES], a, t0 * QUERIES);
@@ -610,7 +646,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
 
     bf16 *own = shared.kv[second] + pair * WARP_ROWS * D;
     unsigned rows = lane_down<D>(own);
-    float scale2 = a.scale * LOG2_E, out[2][D / 8][4];
+    float out[2][D / 8][4];
     clear_rows<D>(out);
 
     for (int t = t0; t <= t1 + 1; t++) {
@@ -624,26 +660,11 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
         Sight sight = sight_by_queries(stage.start, i0, w0, a.n, a.W);
         if (sight == SEES_NOTHING) continue;
 
-        float x[2][QUERIES / 8][4];
-        multiply_rows<D, QUERIES>(x, rows, lane_across<D>(second ? stage.dout : stage.q));
-        if (sight == SEES_SOME && !second) mask_queries(x, stage.start, i0, w0, a.n, a.W);
-#pragma unroll
-        for (int k = 0; k < QUERIES / 16; k++) {
-            unsigned p[2][4];
-            uint4 *passed = &shared.passed[mine & 1][pair][k][0][lane];
-            if (second) {
-                reinterpret_cast<uint4 &>(p[0]) = passed[0];
-                reinterpret_cast<uint4 &>(p[1]) = passed[WARP];
-                ds_from_dp(x, p, stage.delta, k);
-                pack_columns(p, x, k);
-            } else {
-                p_from_s(x, stage.lse, scale2, k);
-                pack_columns(p, x, k);
-                passed[0] = reinterpret_cast<uint4 &>(p[0]);
-                passed[WARP] = reinterpret_cast<uint4 &>(p[1]);
-            }
-            multiply_add<D>(out, p, lane_down<D>((second ? stage.q : stage.dout) + 16 * k * D));
-        }
+        uint4 *passed = &shared.passed[mine & 1][pair][0][0][lane];
+        if (second)
+            visit_second<D>(out, rows, stage, passed);
+        else
+            visit_first<D>(out, rows, stage, passed, a, sight, i0, w0);
     }
     float f = second ? a.scale : 1, factor[2][2] = {{f, f}, {f, f}};
     store_rows<D>(second ? a.dk : a.dv, out, factor, own, w0, a.n, a.ld);
@@ -659,7 +680,8 @@ static inline void attention_launch(void (*kernel)(Attention), size_t shared, in
                                     const Attention &a, cudaStream_t stream) {
     CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<(unsigned)(ceil_div(a.n, rows) * a.H), ATTENTION_THREADS, shared, stream>>>(a);
+    kernel<<<dim3((unsigned)a.H, (unsigned)ceil_div(a.n, rows)), ATTENTION_THREADS, shared,
+             stream>>>(a);
     CUDA_LAUNCHED();
 }
 
