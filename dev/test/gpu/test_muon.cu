@@ -3,7 +3,6 @@
 // Whole updates are held against the twin; and in three parts, so that BF16 is tested closely, too:
 // X before Polar Express, Polar Express, and what follows it, each from what the GPU had before it.
 // What counts is the change of the parameters, not they themselves.
-//
 // `test_muon bench` measures updates of depth 12 and 24, and AdamW.
 #include "dev/test/gpu/test_gpu.cuh"
 #include "llmc/adamw.cuh"  // adamw_update
@@ -36,30 +35,30 @@ typedef struct {
     StepState host, *step;
     GpuArray<float> params, first, second, grads;
     GpuArray<floatX> weights;
-    MuonArenas arena;
+    MuonArenas arena;  // the same
 } Case;
 
 // `count` matrices of each shape, mixed, a tensor of AdamW's between them. scratch: muon_init's,
 // which is poisoned.
 static void case_init(Case *c, const Shape *shapes, int shape_count, int count, size_t scratch) {
     Table *t = &c->table;
+    Init zero = init_ramp(0, 0);
     memset(c, 0, sizeof *c);
     t->tensor = (Tensor *)die_alloc((size_t)((shape_count + 1) * count), sizeof *t->tensor, "test");
     for (int i = 0; i < count; i++) {
         for (int j = 0; j < shape_count; j++)
             table_add(t, "matrix", shapes[j].gate ? VE_GATE : WQ, i, shapes[j].R, shapes[j].K,
-                      GROUP_MATRIX, init_ramp(0, 0), init_ramp(0, 0));
-        table_add(t, "lambda", RESID_LAMBDA, i, 0, 5, GROUP_RESID, init_ramp(0, 0),
-                  init_ramp(0, 0));
+                      GROUP_MATRIX, zero, zero);
+        table_add(t, "lambda", RESID_LAMBDA, i, 0, 5, GROUP_RESID, zero, zero);
     }
     muon_init(&c->muon, &test_gpu, t, scratch);
     for (int i = 0; i < c->muon.shapes; i++) {
         char *from = (char *)c->muon.shape[i].x, *memory = (char *)c->muon.memory;
-        if (from)
-            CUDA_CHECK(cudaMemset(from, 0xff, muon_bytes(t, scratch) - (size_t)(from - memory)));
+        size_t bytes = muon_bytes(t, scratch) - (size_t)(from - memory);
+        if (from) CUDA_CHECK(cudaMemset(from, 0xff, bytes));
     }
-    c->host.momentum = 0.95f, c->host.beta2 = 0.9f, c->host.lr = 0.02f, c->host.wd = 0.28f;
-    c->host.grad_scale = 0.75f;
+    c->host.momentum = 0.95f, c->host.beta2 = 0.9f, c->host.grad_scale = 0.75f;
+    c->host.lr = 0.02f, c->host.wd = 0.28f;
     c->step = (StepState *)gpu_bytes("step", sizeof *c->step);
     CUDA_CHECK(cudaMemcpy(c->step, &c->host, sizeof c->host, cudaMemcpyHostToDevice));
     c->params = gpu_random<float>("params", t->numel, -0.06, 0.06);
@@ -93,9 +92,8 @@ static void fresh_gradients(Case *c, double size) {
         cudaMemcpy(c->grads.device, g, c->table.numel * sizeof(float), cudaMemcpyHostToDevice));
 }
 
-static void case_update(Case *c) {
-    muon_update(&c->muon, &matmul_context, c->arena.params, c->arena.weights, c->arena.grads,
-                c->arena.first, c->arena.second, c->step, 0);
+static void update(Muon *m, MuonArenas a, const StepState *step) {
+    muon_update(m, &matmul_context, a.params, a.weights, a.grads, a.first, a.second, step, 0);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -173,11 +171,11 @@ static void check_updates(const Shape *shapes, int shape_count, int count, size_
     float *momentum = gpu_expected(numel), *second = gpu_expected(states);
     memcpy(momentum, c.first.host, numel * sizeof(float));
     memcpy(second, c.second.host, states * sizeof(float));
-    for (int update = 0; update < (grid_small ? 1 : updates); update++) {
+    for (int left = grid_small ? 1 : updates; left > 0; left--) {
         fresh_gradients(&c, 1e-3);
         memcpy(before, gpu_read(c.params), numel * sizeof(float));
         memcpy(w, before, numel * sizeof(float));
-        case_update(&c);
+        update(&c.muon, c.arena, c.step);
         gpu_read(c.params), gpu_read(c.first), gpu_read(c.second);
         for (int i = 0; i < c.table.count; i++) {
             const Tensor *t = &c.table.tensor[i];
@@ -211,7 +209,7 @@ TEST(gates) {
         check_updates(&gate, 1, 3, MUON_SCRATCH, 3);
     }
     Shape many = {1024, 12, true};  // more shared memory than a kernel has unasked
-    if (!grid_small) check_updates(&many, 1, 1, MUON_SCRATCH, 1);
+    check_updates(&many, 1, 1, MUON_SCRATCH, 1);
 }
 
 static const Shape shapes[] = {{128, 128, false}, {256, 128, false},  {128, 256, false},
@@ -228,9 +226,11 @@ TEST(single_shapes) {
     for (int i = 0; i < last_shape(); i++) check_updates(&shapes[i], 1, 1, MUON_SCRATCH, 3);
 }
 
-// What a model has, in one table: chunks of all matrices, of 2 of 5, of single ones.
+static const Shape model[] = {
+    {128, 128, false}, {512, 128, false}, {128, 512, false}, {4, 12, true}};
+
+// All at once: chunks of all matrices, of 2 of 5, of single ones.
 TEST(batches_and_chunks) {
-    Shape model[] = {{128, 128, false}, {512, 128, false}, {128, 512, false}, {1, 12, true}};
     Case c;
     case_init(&c, model, 1, 1, 1);
     size_t one = muon_bytes(&c.table, 1);
@@ -240,22 +240,19 @@ TEST(batches_and_chunks) {
     check_updates(model, 4, 5, 1, 2);
 }
 
-// ---------------------------------------------------------------------------------------------
-// In parts.
-
-// Steps 1, 2 and the division of step 3 on the host, X not yet rounded.
+// In parts. Steps 1, 2 and the division of step 3 on the host, X not yet rounded.
 static void expect_begin(const Case *c, const float *g, const float *buf, float *x, int R, int K) {
-    double mu = c->host.momentum, rms = 0, norm = 0;
+    double mu = c->host.momentum;
     for (int i = 0; i < R * K; i++) {
         double gi = (double)c->host.grad_scale * g[i];
         x[i] = (float)((1 - mu) * gi + mu * (mu * buf[i] + (1 - mu) * gi));
     }
-    rms = sqrt(cpu::sum_squares(x, (size_t)R * K) / R);
+    double rms = sqrt(cpu::sum_squares(x, (size_t)R * K) / R);
     for (int r = 0; r < R; r++) {
         double even = rms / fmax(sqrt(cpu::sum_squares(x + (size_t)r * K, K)), 1e-6);
         for (int k = 0; k < K; k++) x[(size_t)r * K + k] *= even;
     }
-    norm = 1.01 * sqrt(cpu::sum_squares(x, (size_t)R * K)) + 1e-6;
+    double norm = 1.01 * sqrt(cpu::sum_squares(x, (size_t)R * K)) + 1e-6;
     for (int i = 0; i < R * K; i++) x[i] = (float)(x[i] / norm);
 }
 
@@ -290,7 +287,6 @@ static void check_parts(Shape s) {
     cpu::MuonScratch twin = {expected, scratch, scratch + n, scratch + n + side * side};
     fresh_gradients(&c, 1);
     memcpy(before, c.params.host, bytes);
-
     expect_begin(&c, c.grads.host, c.first.host, expected, s.R, s.K);
     muon_begin(m, c.arena, c.step, 0, 1, 0);
     GpuArray<floatX> x = {m->x, gpu_expected(n), n, "X", 0};
@@ -319,9 +315,6 @@ TEST(parts) {
 // ---------------------------------------------------------------------------------------------
 // What must hold exactly.
 
-static const Shape model[] = {
-    {128, 128, false}, {512, 128, false}, {128, 512, false}, {4, 12, true}};
-
 // With no gradient yet X is exactly 0: only decay moves w, s only falls.
 TEST(zero_gradient) {
     Case c;
@@ -333,7 +326,7 @@ TEST(zero_gradient) {
     memcpy(before, c.params.host, c.table.numel * sizeof(float));
     memcpy(second, c.second.host, c.table.state_numel * sizeof(float));
     for (size_t i = 0; i < c.table.state_numel; i++) second[i] *= c.host.beta2;
-    case_update(&c);
+    update(&c.muon, c.arena, c.step);
     gpu_compare(c.first, zero, 1, (int)c.table.numel, "zero gradient");
     gpu_read(c.params), gpu_read(c.second);
     for (int i = 0; i < c.table.count; i++) {
@@ -370,26 +363,31 @@ TEST(same_bits_and_skip) {
     size_t numel = c.table.numel, bytes = (3 * numel + c.table.state_numel) * sizeof(float);
     fresh_gradients(&c, 1e-3);
     float *start = snapshot(&c);
-    case_update(&c);
+    update(&c.muon, c.arena, c.step);
     float *once = snapshot(&c);
     CHECK(memcmp(start, once, bytes));
     upload(c.params, start), upload(c.first, start + numel), upload(c.second, start + 3 * numel);
-    case_update(&c);
+    update(&c.muon, c.arena, c.step);
     CHECK(!memcmp(once, snapshot(&c), bytes));
     c.host.skip = 1;
     CUDA_CHECK(cudaMemcpy(c.step, &c.host, sizeof c.host, cudaMemcpyHostToDevice));
     fresh_gradients(&c, 1e-3);
-    case_update(&c);
+    update(&c.muon, c.arena, c.step);
     CHECK(!memcmp(once, snapshot(&c), bytes));
     case_free(&c);
 }
 
+// The tensors of a model of an even depth, its vocabulary small: tables are AdamW's.
+static void model_table(Table *t, int depth) {
+    Config c;
+    memset(&c, 0, sizeof c);
+    c.L = depth, c.C = 64 * depth, c.F = 4 * c.C, c.H = c.C / 128, c.V = c.Vp = 128;
+    table_init(t, &c);
+}
+
 TEST(memory_is_bounded) {
-    Config cfg;
     Table t;
-    memset(&cfg, 0, sizeof cfg);
-    cfg.L = 48, cfg.C = 3072, cfg.F = 12288, cfg.H = 24, cfg.V = cfg.Vp = 128;
-    table_init(&t, &cfg);
+    model_table(&t, 48);
     CHECK(muon_bytes(&t, MUON_SCRATCH) <= (size_t)MUON_SCRATCH + (1 << 16));
     CHECK(muon_bytes(&t, 1) >= sizeof(floatX) * 2 * 3072 * 12288);  // one matrix at least
     CHECK(muon_bytes(&t, 1) < muon_bytes(&t, MUON_SCRATCH));
@@ -438,13 +436,9 @@ static StepState *bench_step(void) {
 
 // An update of all matrices of a model, and what of it is not products.
 static void bench_muon(int depth) {
-    Config cfg;
     Table t;
     Muon m;
-    memset(&cfg, 0, sizeof cfg);
-    cfg.L = depth, cfg.C = 64 * depth, cfg.F = 4 * cfg.C, cfg.H = cfg.C / 128;
-    cfg.V = cfg.Vp = 128;  // the tables are AdamW's
-    table_init(&t, &cfg);
+    model_table(&t, depth);
     muon_init(&m, &test_gpu, &t, MUON_SCRATCH);
     double matrices = 0;
     for (int i = 0; i < t.count; i++)
@@ -453,9 +447,7 @@ static void bench_muon(int depth) {
                     filled(t.state_numel, 1e-3f)};
     if (sizeof(floatX) == 2) a.weights = (floatX *)filled(t.numel / 2 + 1, 0);
     StepState *step = bench_step();
-    double ms = bench_ms([&] {
-        muon_update(&m, &matmul_context, a.params, a.weights, a.grads, a.first, a.second, step, 0);
-    });
+    double ms = bench_ms([&] { update(&m, a, step); });
     double rest = bench_ms([&] {
         for (const MuonShape *s = m.shape; s < m.shape + m.shapes; s++)
             for (int from = 0; !s->gate && from < s->count; from += s->batch) {
@@ -483,22 +475,15 @@ static void bench_adamw(size_t count) {
     double *partial;
     CUDA_CHECK(cudaMalloc((void **)&partial, sizeof *partial * (size_t)grad_norm_chunks(count)));
     ms = bench_ms([&] { grad_norm_add(partial, g, count, 0); });
-    printf("sum of squares, %.0fM: %.3f ms, %.0f GB/s\n", 1e-6 * (double)count, ms,
-           4e-6 * (double)count / ms);
-}
-
-static void bench(void) {
-    printf("%s, %s\n", test_gpu.name, PRECISION_NAME);
-    bench_adamw(309000000);
-    bench_muon(12);
-    bench_muon(24);
+    printf("sum of squares: %.3f ms, %.0f GB/s\n", ms, 4e-6 * (double)count / ms);
 }
 
 int main(int argc, char **argv) {
     gpu_test_begin();
     matmul_init(&matmul_context, &test_gpu);
     if (argc > 1 && !strcmp(argv[1], "bench")) {
-        bench();
+        printf("%s, %s\n", test_gpu.name, PRECISION_NAME);
+        bench_adamw(309000000), bench_muon(12), bench_muon(24);
         return 0;
     }
     RUN(gates);
