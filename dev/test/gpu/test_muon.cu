@@ -240,6 +240,7 @@ TEST(batches_and_chunks) {
     check_updates(model, 4, 5, 1, 2);
 }
 
+// ---------------------------------------------------------------------------------------------
 // In parts. Steps 1, 2 and the division of step 3 on the host, X not yet rounded.
 static void expect_begin(const Case *c, const float *g, const float *buf, float *x, int R, int K) {
     double mu = c->host.momentum;
