@@ -398,8 +398,9 @@ static inline void run_dump(Run *r) {
     dump_add_all(&d, "updated", t, state.params);
     char step[24];
     snprintf(step, sizeof step, "%lld", (long long)r->step);
-    JsonPair about[] = {{"flags", r->flags_text}, {"step", step}};
-    if (st_write(f->dump, d.tensor, d.count, about, 2)) die(EXIT_USAGE, "--dump: %s", io_error);
+    r->facts = model_facts(r->model);
+    JsonPair about[] = {{"program", r->facts.program}, {"flags", r->flags_text}, {"step", step}};
+    if (st_write(f->dump, d.tensor, d.count, about, 3)) die(EXIT_USAGE, "--dump: %s", io_error);
     printf("%s: %d tensors of step %lld, loss %.6f, gradient norm %.6f\n", f->dump, d.count,
            (long long)r->step, s.loss, s.grad_norm);
     model_state_free(r->model, state);
