@@ -54,12 +54,14 @@ typedef struct {
 } Diff;
 
 // The model of the default flags: every mechanism, windows and rows that end inside a tile, two
-// micro-steps; learning rates twice the recipe's, which suits batches this small. (Higher ones let
-// rounding decide the sign of AdamW's first steps in more than 1e-4 of a table.)
+// micro-steps; the learning rates are those of scripts/quickstart.sh, but for two. At the default
+// init the gradients of the lambdas are rounding noise, whose sign AdamW follows: --lr-smear, which
+// is not scaled down for small batches, would make it large. And of a value embedding's first step
+// too many signs would be rounding's at the high rate.
 static const char default_flags[] =
     "--vocab 257 --bos 256 --depth 4 --channels 256 --heads 2 --seq-len 256 --window-short 100 "
-    "--doc-mask 1 --batch-tokens 1024 --micro-batch 2 --warmup 10 --lr-matrix 0.04 "
-    "--lr-lm-head 0.016 --lr-wte 0.6 --lr-value-embed 0.3";
+    "--doc-mask 1 --batch-tokens 1024 --micro-batch 2 --warmup 10 --lr-matrix 0.16 "
+    "--lr-lm-head 0.064 --lr-wte 2.4 --lr-value-embed 0.3 --lr-smear 0.02";
 
 // ---------------------------------------------------------------------------------------------
 // What files say of themselves.
