@@ -132,9 +132,10 @@ quickstart: cpu
 test: cpu $(TESTS) $(BUILD)/test/train_gpt2
 	@BUILD=$(BUILD) dev/test/run.sh $(TESTS)
 
-# The same tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The same tests, but the compilers', under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan:
-	@$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 -g -march=native" EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=all"
+	@$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 -g -march=native" EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=all" \
+	    TESTS="$(patsubst $(BUILD)/%,$(BUILD)/asan/%,$(filter-out %/test_headers,$(TESTS)))"
 
 # Single errors, put into the trainer one at a time: the comparison with the oracle must see each.
 test-mutations: $(BUILD)/test/mutate
