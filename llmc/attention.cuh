@@ -5,57 +5,53 @@
 //     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)              j: the keys i sees
 //
 // Query i sees keys first_i .. i, first_i = max(doc_start[i], i - W): itself, at most W before it,
-// none of another document. There is no batch axis: the n tokens lie one behind the other, and a row
-// of the batch is where a document cannot reach beyond. Each head is a problem of its own.
-//
+// none of another document. There is no batch axis: the n tokens lie one behind the other, and rows
+// of the batch are apart because they are different documents. Each head is a problem of its own.
 // Backward, with do = dout and delta_i = do_i . o_i:
+//
 //     dp_ij = do_i . v_j,       ds_ij = p_ij (dp_ij - delta_i),
 //     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i,   dq_i = scale sum_j ds_ij k_j
 //
-// q, k, v, dq, dk, dv are n rows of H heads of D, ld apart; o and dout the same, ldo apart; ld and
-// ldo are multiples of 8, D is 64 or 128. lse and delta are (H, n), FP32. Backward needs q, k, v, o
-// and lse. The (n, n) matrices s and p are never stored.
+// q, k, v, dq, dk, dv are n rows of H heads of D = 64 or 128, ld apart; o and dout too, ldo apart;
+// ld and ldo are multiples of 8. lse and delta are (H, n), FP32. Backward needs q, k, v, o and lse.
+// Left out: fewer heads of k and v than of q, dropout, and storing s and p, which are (n, n).
 //
-// FLASH ATTENTION (Dao et al. 2022). A block of threads holds a tile of queries, and walks over the
-// keys a tile at a time; a tile of s lives in registers, just as long as it is needed. For p that
-// takes the row's sum, which is known at the end only. So forward keeps for each query the largest
-// s so far, m, and adds up exp(s - m) and exp(s - m) v. When a later tile holds a larger s, what was
-// summed is multiplied by exp(m_old - m_new) and all is as if the new m had been there from the
-// start (softmax online). At the end o = sum / row sum, lse = m + log(row sum). Backward has lse,
-// and makes any tile of p again from q and k: 2 D multiplications an element instead of memory.
+// FLASH ATTENTION (Dao et al. 2022). A block of threads holds a tile of queries and walks over the
+// keys a tile at a time; a tile of s lives in registers, only as long as it is needed. But p needs
+// the row's sum, which is known at the end. So forward keeps for each query the largest s so far,
+// m, and sums exp(s - m) and exp(s - m) v. Where a later tile holds a larger s, what was summed is
+// multiplied by exp(m_old - m_new), and all is as if the new m had been there from the start. At
+// the end o = sum / row sum, lse = m + log(row sum). Backward has lse, and makes each tile of p
+// again from q and k: D multiplications an element cost less than its way to memory and back.
 //
-// Sums go over keys for dq, over queries for dk and dv, so backward is two kernels: one holds
-// queries and walks over keys, the other the reverse. That costs 7 products where 5 would do, but
-// each sum stays in the registers of one warp and has a fixed order: no atomics, the same bits
-// each time.
+// dq sums over keys, dk and dv over queries, so backward is two kernels: one holds queries, the
+// other keys, and walks over the rest. That is 7 products where 5 would do, but each sum stays in
+// the registers of one warp and has a fixed order: no atomics, the same bits each time.
 //
 // TILES. Of all (query, key) tiles only those are visited in which some query sees some key:
 //
-//           keys ->                  forward, dq: block of queries q0 .. q1 visits the key
-//     q     # .  .  .  .  .          tiles of first_q0 .. q1. dk, dv: block of keys k0 .. k1
-//     u     # #  .  .  .  .          visits the query tiles of k0 .. last, the last query of
-//     e     # o  #  .  .  .          all that sees k1. first_i never falls, so whatever lies
-//     r     . #  o  #  .  .          between two visible tiles is visible. o: every pair is
-//     i     . .  #  o  #  .          visible. #: some pairs are not, and are masked element
-//     e     . .  .  #  o  #          by element. A warp knows this of its own 32 rows, and
-//     s     . .  .  .  .  |  n       steps over tiles of which it sees nothing.
+//       keys ->          A block of queries q0 .. q1 visits the key tiles of first_q0 .. q1, one of
+//     q #                keys k0 .. k1 the query tiles of k0 .. the last query that sees k1. As
+//     u o #              first_i never falls, all between two visible tiles is visible.
+//     e # o #                o  every query sees every key
+//     r . # o #              #  some do not: masked element by element
+//     i . . # o #            .  not visited
+//     e . . . # o #      A warp judges by its own 32 rows, and steps over what these do not see.
 //
-// A WARP owns 32 rows of the result (dq's queries, dv's keys, ..), whatever D: two mma rows of
-// 16, and N / 8 mma columns across. x[m][c][2 half + e] of lane 4 g + t, as ptx.cuh draws it, is
+// A WARP owns 32 rows of the result, all D wide: 2 mma rows of 16, D / 8 mma columns. x[m][c][e] of
+// lane 4 g + t, e = 0 .. 3, is what ptx.cuh draws:
 //
-//     row 16 m + 8 half + g,  column 8 c + 2 t + e
+//     row 16 m + 8 (e / 2) + g,  column 8 c + 2 t + e % 2         its r-th row of 4 is 8 r + g
 //
-// The row's 4 lanes share its maximum and its sum. Every first product of a tile is rows times
-// rows, (32, D) (N, D)^T, both from shared memory; its result, made into p or ds in place, is the
-// left operand of the second, (32, N) (N, D).
+// For each tile comes a product of rows with rows, (32, D) (N, D)^T, both from shared memory; its
+// result, made into p or ds in place, is the left operand of the next, (32, N) (N, D), 16 columns
+// at a time, so that exponentials of the next 16 are taken while the tensor cores are at work.
 //
-// SHARED MEMORY holds tiles of D-wide rows. A lane of ldmatrix reads 16 bytes, 8 rows at the same
-// column at once; rows are a multiple of 128 bytes apart, so these would all lie in the same banks.
-// Chunk c of 16 bytes of row r therefore lies at place c ^ (r % 8):
+// SHARED MEMORY. For ldmatrix 8 lanes read 16 bytes each, of 8 rows at the same column: all in the
+// same banks, since rows are 2 D bytes long. So the 16-byte chunk c of row r lies at c ^ (r % 8):
 //
-//     row 0   0 1 2 3 4 5 6 7         the column of chunks 0, read at once, is the diagonal
-//     row 1   1 0 3 2 5 4 7 6         0, 1, 2, .. of places: 8 x 16 bytes in all 32 banks
-//     row 2   2 3 0 1 6 7 4 5  ..
+//     row 0   0 1 2 3 4 5 6 7         chunks 0 are the diagonal 0, 1, 2 .. of places: they come
+//     row 1   1 0 3 2 5 4 7 6  ..     from all 32 banks at once, as does each column of chunks
 #ifndef LLMC_ATTENTION_CUH
 #define LLMC_ATTENTION_CUH
 
@@ -67,15 +63,12 @@
 
 constexpr int ATTENTION_THREADS = 128;
 constexpr int WARP_ROWS = 32;  // of the result, per warp
-
-// Rows that a block of each kernel holds, and rows of a tile that it walks over.
+// Rows that a block of each kernel holds, and rows of a tile that it walks over:
 constexpr int FORWARD_QUERIES = 128, FORWARD_KEYS = 64;
 constexpr int DQ_QUERIES = 128, DQ_KEYS = 32;
 constexpr int DKV_KEYS = 64, DKV_QUERIES = 32;
 
-// A call's arguments; at_head: of one head, the pointers moved there.
-static inline float attention_scale(int D) { return 1.44f / sqrtf((float)D); }
-
+// A call's arguments.
 typedef struct {
     bf16 *o;                // (n) rows of H D, ldo apart; backward reads it
     float *lse;             // (H, n); backward reads it
@@ -85,7 +78,7 @@ typedef struct {
     float *delta;           // (H, n)
     const bf16 *dout;       // as o
     int n, H, W, ldo, ld;
-    float scale;
+    float scale, scale2;  // scale2 = scale log2 e: exp(scale x) = 2^(scale2 x)
 } Attention;
 
 template <int D> __device__ __forceinline__ void at_head(Attention &a, int head) {
@@ -96,7 +89,7 @@ template <int D> __device__ __forceinline__ void at_head(Attention &a, int head)
 }
 
 __device__ __forceinline__ int lane_id(void) { return (int)(threadIdx.x % WARP); }
-__device__ __forceinline__ int warp_id(void) {
+__device__ __forceinline__ int warp_id(void) {  // the compiler must see that lanes have the same
     return __shfl_sync(FULL_WARP, (int)(threadIdx.x / WARP), 0);
 }
 
@@ -118,13 +111,11 @@ __device__ __forceinline__ void tile_load(bf16 *tile,
     static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "a thread keeps its place in the swizzle");
     int chunk = (int)(threadIdx.x % CHUNKS), row = (int)(threadIdx.x / CHUNKS);
     unsigned to = shared_address(tile + row * D + 8 * (chunk ^ (row % 8)));
-    const char *from = (const char *)(x + 8 * chunk);
+    const bf16 *from = x + ((size_t)(unsigned)(first + row) * (unsigned)ld + (unsigned)(8 * chunk));
 #pragma unroll
-    for (int r = 0; r < ROWS; r += STEP) {
-        unsigned i = (unsigned)(first + row + r);
-        cp_async_16(to + (unsigned)(2 * r * D), from + (size_t)i * (2 * (unsigned)ld),
-                    i < (unsigned)n);
-    }
+    for (int r = 0; r < ROWS; r += STEP)
+        cp_async_16(to + (unsigned)(2 * r * D), from + (size_t)r * (unsigned)ld,
+                    first + row + r < n);
 }
 
 // Where this lane reads, for ldmatrix, of the 16 x 16 block in the corner of a tile. The block 16
@@ -146,11 +137,7 @@ template <int D> __device__ __forceinline__ unsigned lane_across(const bf16 *til
 // x = 0
 template <int N> __device__ __forceinline__ void clear_rows(float (&x)[2][N / 8][4]) {
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int c = 0; c < N / 8; c++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[m][c][e] = 0;
+    for (int i = 0; i < N; i++) x[i % 2][i / 8][i / 2 % 4] = 0;
 }
 
 // x = a b^T: a (32, D), of lane_down, and b (N, D), of lane_across, in shared memory.
@@ -207,27 +194,23 @@ __device__ __forceinline__ void pack_columns(unsigned (&p)[2][4], const float (&
     }
 }
 
-// Writes a warp's 32 rows x, times factor[m][half], to rows first .. of y, as far as n. They pass
-// through 32 rows of a tile that only this warp still uses, to leave in pieces of 16 bytes.
+// Writes a warp's 32 rows x, times factor, to rows first .. of y, as far as n. They pass through 32
+// rows of a tile that only this warp still uses, to leave in pieces of 16 bytes.
 template <int D>
 __device__ __forceinline__ void store_rows(bf16 *y,  // (n) rows of D, ld apart
-                                           const float (&x)[2][D / 8][4],
-                                           const float (&factor)[2][2], bf16 *tile, int first,
-                                           int n, int ld) {
+                                           const float (&x)[2][D / 8][4], const float (&factor)[4],
+                                           bf16 *tile, int first, int n, int ld) {
     constexpr int CHUNKS = D / 8;
     int lane = lane_id(), g = lane / 4, t = lane % 4;
     __syncwarp();
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int r = 0; r < 4; r++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int c = 0; c < CHUNKS; c++) {
-                float f = factor[m][half];
-                bf16 *at = tile + (16 * m + 8 * half + g) * D + 8 * (c ^ g) + 2 * t;
-                *reinterpret_cast<unsigned *>(at) =
-                    pack(f * x[m][c][2 * half], f * x[m][c][2 * half + 1]);
-            }
+        for (int c = 0; c < CHUNKS; c++) {
+            const float *two = x[r / 2][c] + r % 2 * 2;
+            bf16 *at = tile + (8 * r + g) * D + 8 * (c ^ g) + 2 * t;
+            *reinterpret_cast<unsigned *>(at) = pack(factor[r] * two[0], factor[r] * two[1]);
+        }
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < WARP_ROWS; r += WARP / CHUNKS) {
@@ -244,7 +227,7 @@ __device__ __forceinline__ void store_rows(bf16 *y,  // (n) rows of D, ld apart
 // What a warp sees of a tile.
 typedef enum { SEES_NOTHING, SEES_SOME, SEES_ALL } Sight;
 
-// Of keys k0 .. k0 + KEYS - 1 by the warp's queries w0 .. w0 + 31, whose first keys are first[0..31].
+// Of keys k0 .. k0 + KEYS - 1 by queries w0 .. w0 + 31, whose first keys are first[0 .. 31].
 template <int KEYS>
 __device__ __forceinline__ Sight sight_of_keys(const int *first, int w0, int k0) {
     if (k0 >= w0 + WARP_ROWS || k0 + KEYS <= first[0]) return SEES_NOTHING;
@@ -255,58 +238,48 @@ __device__ __forceinline__ Sight sight_of_keys(const int *first, int w0, int k0)
 template <int KEYS>
 __device__ __forceinline__ void mask_keys(float (&s)[2][KEYS / 8][4], const int *first, int w0,
                                           int k0) {
-    int lane = lane_id(), k = k0 + lane % 4 * 2;
+    int g = lane_id() / 4, k = k0 + lane_id() % 4 * 2;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int r = 0; r < 4; r++) {
+        int row = 8 * r + g, low = first[row] - k, high = w0 + row - k;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = 16 * m + 8 * half + lane / 4;
-            int low = first[row] - k, high = w0 + row - k;
-#pragma unroll
-            for (int c = 0; c < KEYS / 8; c++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (8 * c + e < low || 8 * c + e > high) s[m][c][2 * half + e] = -INFINITY;
+        for (int i = 0; i < KEYS / 4; i++) {
+            int column = i / 2 * 8 + i % 2;
+            if (column < low || column > high) s[r / 2][i / 2][r % 2 * 2 + i % 2] = -INFINITY;
         }
+    }
 }
 
-// Lets `largest` follow the rows' maxima, which now includes s, and scales sum and out with it.
-// largest need not be the true maximum: any number near it cancels in out / sum. So it follows only
-// when that has grown by a factor of more than 2^8; in most tiles out, which is twice as large as
-// s, is left alone.
+// Lets `largest` follow the rows' maxima up to s, and scales sum and out with it. Any number near
+// the true maximum will do, as it cancels in out / sum: largest follows only when exp of it grows
+// more than 2^8-fold; in most tiles out, which is twice as large as s, is left alone.
 template <int D, int KEYS>
-__device__ __forceinline__ void follow_maximum(float (&largest)[2][2], float (&sum)[2][2],
+__device__ __forceinline__ void follow_maximum(float (&largest)[4], float (&sum)[4],
                                                float (&out)[2][D / 8][4],
                                                const float (&s)[2][KEYS / 8][4], float scale2) {
-    float now[2][2];
+    float now[4];
     bool grown = false;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int r = 0; r < 4; r++) {
+        now[r] = largest[r];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float top = largest[m][half];
-#pragma unroll
-            for (int c = 0; c < KEYS / 8; c++)
-                top = fmaxf(top, fmaxf(s[m][c][2 * half], s[m][c][2 * half + 1]));
-            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
-            now[m][half] = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
-            grown |= scale2 * (now[m][half] - largest[m][half]) > 8;
-        }
+        for (int i = 0; i < KEYS / 4; i++)
+            now[r] = fmaxf(now[r], s[r / 2][i / 2][r % 2 * 2 + i % 2]);
+        now[r] = fmaxf(now[r], __shfl_xor_sync(FULL_WARP, now[r], 1));
+        now[r] = fmaxf(now[r], __shfl_xor_sync(FULL_WARP, now[r], 2));
+        grown |= scale2 * (now[r] - largest[r]) > 8;
+    }
     if (!__any_sync(FULL_WARP, grown)) return;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int r = 0; r < 4; r++) {
+        float factor = exp2_fast(scale2 * (largest[r] - now[r]));
+        largest[r] = now[r], sum[r] *= factor;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float factor = exp2_fast(scale2 * (largest[m][half] - now[m][half]));
-            largest[m][half] = now[m][half], sum[m][half] *= factor;
-#pragma unroll
-            for (int c = 0; c < D / 8; c++)
-                out[m][c][2 * half] *= factor, out[m][c][2 * half + 1] *= factor;
-        }
+        for (int i = 0; i < D / 4; i++) out[r / 2][i / 2][r % 2 * 2 + i % 2] *= factor;
+    }
 }
 
-// A tile of keys and one of values, as the kernels that hold queries walk over them. While one is
-// used, the next lands in another.
+// A tile of keys, for the kernels that hold queries. While one is used, the next lands.
 template <int D, int KEYS> struct KeyStage { bf16 k[KEYS * D], v[KEYS * D]; };
 template <int D, int KEYS>
 __device__ __forceinline__ void key_stage_load(KeyStage<D, KEYS> &stage, const Attention &a,
@@ -341,11 +314,10 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
 
     const int *first = shared.first + w;
     unsigned q = lane_down<D>(shared.q + w * D);
-    float scale2 = a.scale * LOG2_E;  // exp(scale x) = 2^(scale2 x)
-    float largest[2][2], sum[2][2], out[2][D / 8][4];
+    float largest[4], sum[4], out[2][D / 8][4];
     clear_rows<D>(out);
 #pragma unroll
-    for (int r = 0; r < 4; r++) largest[r / 2][r % 2] = -INFINITY, sum[r / 2][r % 2] = 0;
+    for (int r = 0; r < 4; r++) largest[r] = -INFINITY, sum[r] = 0;
 
     for (int t = t1; t >= t0; t--) {
         KeyStage<D, KEYS> &stage = shared.stage[t & 1];
@@ -357,15 +329,16 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
         float s[2][KEYS / 8][4];
         multiply_rows<D, KEYS>(s, q, lane_across<D>(stage.k));
         if (sight == SEES_SOME) mask_keys<KEYS>(s, first, q0 + w, t * KEYS);
-        follow_maximum<D, KEYS>(largest, sum, out, s, scale2);
+        follow_maximum<D, KEYS>(largest, sum, out, s, a.scale2);
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++) {
             unsigned p[2][4];
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                int m = i / 8, c = 2 * k + i / 4 % 2, e = i % 4;
-                float x = exp2_fast(scale2 * s[m][c][e] - scale2 * largest[m][e / 2]);
-                s[m][c][e] = x, sum[m][e / 2] += x;
+                int r = i / 4;
+                float &x = s[r / 2][2 * k + i / 2 % 2][r % 2 * 2 + i % 2];
+                x = exp2_fast(a.scale2 * x - a.scale2 * largest[r]);
+                sum[r] += x;
             }
             pack_columns(p, s, k);
             multiply_add<D>(out, p, lane_down<D>(stage.v), k);
@@ -374,12 +347,11 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
 
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-        float &row_sum = sum[r / 2][r % 2];
-        row_sum += __shfl_xor_sync(FULL_WARP, row_sum, 1);
-        row_sum += __shfl_xor_sync(FULL_WARP, row_sum, 2);
+        sum[r] += __shfl_xor_sync(FULL_WARP, sum[r], 1);
+        sum[r] += __shfl_xor_sync(FULL_WARP, sum[r], 2);
         int i = q0 + w + 8 * r + lane / 4;
-        if (lane % 4 == 0 && i < a.n) a.lse[i] = a.scale * largest[r / 2][r % 2] + logf(row_sum);
-        row_sum = __fdividef(1, row_sum);
+        if (lane % 4 == 0 && i < a.n) a.lse[i] = a.scale * largest[r] + logf(sum[r]);
+        sum[r] = __fdividef(1, sum[r]);
     }
     store_rows<D>(a.o, out, sum, shared.q + w * D, q0 + w, a.n, a.ldo);
 }
@@ -438,14 +410,14 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
 
     const int *first = shared.first + w;
     unsigned q = lane_down<D>(shared.q + w * D), dout = lane_down<D>(shared.dout + w * D);
-    float scale2 = a.scale * LOG2_E, lse2[2][2], delta[2][2], factor[2][2], out[2][D / 8][4];
+    float lse2[4], delta[4], factor[4], out[2][D / 8][4];
     clear_rows<D>(out);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         int row = w + 8 * r + lane / 4;
-        lse2[r / 2][r % 2] = q0 + row < a.n ? LOG2_E * a.lse[q0 + row] : 0;
-        delta[r / 2][r % 2] = shared.delta[row];
-        factor[r / 2][r % 2] = a.scale;
+        lse2[r] = q0 + row < a.n ? LOG2_E * a.lse[q0 + row] : 0;
+        delta[r] = shared.delta[row];
+        factor[r] = a.scale;
     }
 
     for (int t = t1; t >= t0; t--) {
@@ -464,9 +436,9 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
             unsigned ds[2][4];
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                int m = i / 8, c = 2 * k + i / 4 % 2, e = i % 4;
-                float p = exp2_fast(scale2 * s[m][c][e] - lse2[m][e / 2]);
-                s[m][c][e] = p * (dp[m][c][e] - delta[m][e / 2]);
+                int r = i / 4, c = 2 * k + i / 2 % 2, e = r % 2 * 2 + i % 2;
+                float p = exp2_fast(a.scale2 * s[r / 2][c][e] - lse2[r]);
+                s[r / 2][c][e] = p * (dp[r / 2][c][e] - delta[r]);
             }
             pack_columns(ds, s, k);
             multiply_add<D>(out, ds, lane_down<D>(stage.k), k);
@@ -478,8 +450,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
 // ---------------------------------------------------------------------------------------------
 // Backward: dk and dv.
 
-constexpr int DKV_PAIRS = DKV_KEYS / WARP_ROWS;  // of warps: those of the same 32 keys
-constexpr int DKV_STAGES = 3;
+constexpr int DKV_STAGES = 3, DKV_PAIRS = DKV_KEYS / WARP_ROWS;  // pairs: warps of the same keys
 
 // A tile of queries, as the kernel that holds keys walks over them.
 template <int D> struct QueryStage {
@@ -493,12 +464,9 @@ __device__ __forceinline__ void query_stage_load(QueryStage<D> &stage, const Att
     static_assert(DKV_QUERIES == WARP, "each of lse, delta and start is copied by a warp");
     tile_load<D, DKV_QUERIES>(stage.q, a.q, i0, a.n, a.ld);
     tile_load<D, DKV_QUERIES>(stage.dout, a.dout, i0, a.n, a.ldo);
-    int warp = warp_id(), i = i0 + lane_id();
-    const void *from = warp == 0   ? (const void *)(a.lse + i)
-                       : warp == 1 ? (const void *)(a.delta + i)
-                                   : (const void *)(a.doc_start + i);
-    if (warp < 3)
-        cp_async_4(shared_address(stage.lse + threadIdx.x), i < a.n ? from : a.lse, i < a.n);
+    int w = warp_id(), i = i0 + lane_id();
+    const float *from = w == 0 ? a.lse : w == 1 ? a.delta : (const float *)a.doc_start;
+    if (w < 3) cp_async_4(shared_address(stage.lse + threadIdx.x), from + i, i < a.n);
 }
 
 template <int D> struct DkvShared {
@@ -525,28 +493,22 @@ __device__ __forceinline__ int last_query(const Attention &a, int k) {
 __device__ __forceinline__ Sight sight_by_queries(const int *start, int i0, int w0, int n, int W) {
     int i1 = i0 + DKV_QUERIES - 1;
     if (i1 < w0 || max(start[0], i0 - W) >= w0 + WARP_ROWS) return SEES_NOTHING;
-    bool all = i0 >= w0 + WARP_ROWS - 1 && i1 < n && max(start[DKV_QUERIES - 1], i1 - W) <= w0;
-    return all ? SEES_ALL : SEES_SOME;
+    if (i0 < w0 + WARP_ROWS - 1 || i1 >= n) return SEES_SOME;
+    return max(start[DKV_QUERIES - 1], i1 - W) <= w0 ? SEES_ALL : SEES_SOME;
 }
 
 // s = -infinity where query (column) i0 + .. does not see key (row) w0 + ..
 __device__ __forceinline__ void mask_queries(float (&s)[2][DKV_QUERIES / 8][4], const int *start,
                                              int i0, int w0, int n, int W) {
-    int lane = lane_id();
+    int k = w0 + lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
-    for (int c = 0; c < DKV_QUERIES / 8; c++)
+    for (int c = 0; c < DKV_QUERIES / 4; c++) {
+        int column = c / 2 * 8 + 2 * t + c % 2, i = i0 + column;
+        int low = max(start[column], i - W) - k, high = (i < n ? i : -1) - k;
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int column = 8 * c + lane % 4 * 2 + e, i = i0 + column, k = w0 + lane / 4;
-            int low = max(start[column], i - W) - k, high = (i < n ? i : -1) - k;
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int row = 16 * m + 8 * half;
-                    if (row < low || row > high) s[m][c][2 * half + e] = -INFINITY;
-                }
-        }
+        for (int r = 0; r < 4; r++)
+            if (8 * r < low || 8 * r > high) s[r / 2][c / 2][r % 2 * 2 + c % 2] = -INFINITY;
+    }
 }
 
 // Columns 16 k .. of s become p = exp(s - lse) = 2^(scale2 s - lse log2 e). Queries are columns.
@@ -591,7 +553,7 @@ __device__ __forceinline__ void visit_first(float (&out)[2][D / 8][4], unsigned 
 #pragma unroll
     for (int k = 0; k < DKV_QUERIES / 16; k++) {
         unsigned p[2][4];
-        p_from_s(s, stage.lse, a.scale * LOG2_E, k);
+        p_from_s(s, stage.lse, a.scale2, k);
         pack_columns(p, s, k);
         passed[2 * k * WARP] = reinterpret_cast<uint4 &>(p[0]);
         passed[(2 * k + 1) * WARP] = reinterpret_cast<uint4 &>(p[1]);
@@ -624,10 +586,9 @@ __device__ __forceinline__ void visit_second(float (&out)[2][D / 8][4], unsigned
 //                                       | p, through shared memory
 //     second warp    dp = v do^T    ds = p (dp - delta)  dk += ds q
 //
-// Both do: (their 32 rows of k or v) (first tile)^T, something by element, += (that) (second tile),
-// so they run the same code with q and do exchanged. The second warp works one tile behind the
-// first: p is there when it comes, and one barrier a tile is all that is needed. Three stages: for
-// the tile that lands, the first warps' and the second warps'.
+// Each tile from shared memory serves 32 rows so, not 16, and it is shared memory that limits. The
+// second warp works one tile behind the first: p is there when it comes, and one barrier a tile is
+// all that is needed. Three stages: for the tile that lands, the first warps', the second warps'.
 template <int D>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     attention_dkv_kernel(Attention a) {
@@ -648,7 +609,6 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     unsigned rows = lane_down<D>(own);
     float out[2][D / 8][4];
     clear_rows<D>(out);
-
     for (int t = t0; t <= t1 + 1; t++) {
         cp_async_wait();
         __syncthreads();  // tile t has landed, p of t - 1 is there, and nobody reads t - 2 any more
@@ -658,15 +618,14 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
         if (mine < t0 || mine > t1) continue;
         const QueryStage<D> &stage = shared.stage[(unsigned)mine % DKV_STAGES];
         Sight sight = sight_by_queries(stage.start, i0, w0, a.n, a.W);
-        if (sight == SEES_NOTHING) continue;
-
         uint4 *passed = &shared.passed[mine & 1][pair][0][0][lane];
+        if (sight == SEES_NOTHING) continue;
         if (second)
             visit_second<D>(out, rows, stage, passed);
         else
             visit_first<D>(out, rows, stage, passed, a, sight, i0, w0);
     }
-    float f = second ? a.scale : 1, factor[2][2] = {{f, f}, {f, f}};
+    float f = second ? a.scale : 1, factor[4] = {f, f, f, f};
     store_rows<D>(second ? a.dk : a.dv, out, factor, own, w0, a.n, a.ld);
 }
 
@@ -685,9 +644,23 @@ static inline void attention_launch(void (*kernel)(Attention), size_t shared, in
     CUDA_LAUNCHED();
 }
 
+template <int D> static inline void attention_launch_forward(const Attention &a, cudaStream_t s) {
+    attention_launch(attention_forward_kernel<D>, sizeof(ForwardShared<D>), FORWARD_QUERIES, a, s);
+}
 template <int D> static inline void attention_launch_backward(const Attention &a, cudaStream_t s) {
     attention_launch(attention_dq_kernel<D>, sizeof(DqShared<D>), DQ_QUERIES, a, s);
     attention_launch(attention_dkv_kernel<D>, sizeof(DkvShared<D>), DKV_KEYS, a, s);
+}
+
+static inline Attention attention_of(const bf16 *q, const bf16 *k, const bf16 *v,
+                                     const int *doc_start, int n, int H, int D, int W, int ldo,
+                                     int ld) {
+    Attention a = {};
+    assert(D == 64 || D == 128);
+    a.q = q, a.k = k, a.v = v, a.doc_start = doc_start;
+    a.n = n, a.H = H, a.W = min(W, n), a.ldo = ldo, a.ld = ld;
+    a.scale = 1.44f / sqrtf((float)D), a.scale2 = a.scale * LOG2_E;
+    return a;
 }
 
 static inline void attention_forward(bf16 *o,        // (n) rows of H D, ldo apart
@@ -697,30 +670,12 @@ static inline void attention_forward(bf16 *o,        // (n) rows of H D, ldo apa
                                      const int *doc_start,  // (n)
                                      int n, int H, int D, int W, int ldo, int ld,
                                      cudaStream_t stream) {
-    Attention a = {.o = o,
-                   .lse = lse,
-                   .q = q,
-                   .k = k,
-                   .v = v,
-                   .doc_start = doc_start,
-                   .dq = NULL,
-                   .dk = NULL,
-                   .dv = NULL,
-                   .delta = NULL,
-                   .dout = NULL,
-                   .n = n,
-                   .H = H,
-                   .W = min(W, n),
-                   .ldo = ldo,
-                   .ld = ld,
-                   .scale = attention_scale(D)};
-    assert(D == 64 || D == 128);
+    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
+    a.o = o, a.lse = lse;
     if (D == 128)
-        attention_launch(attention_forward_kernel<128>, sizeof(ForwardShared<128>), FORWARD_QUERIES,
-                         a, stream);
+        attention_launch_forward<128>(a, stream);
     else
-        attention_launch(attention_forward_kernel<64>, sizeof(ForwardShared<64>), FORWARD_QUERIES,
-                         a, stream);
+        attention_launch_forward<64>(a, stream);
 }
 
 static inline void attention_backward(bf16 *dq,  // (n) rows of H D, ld apart; so dk, dv, q, k, v
@@ -733,24 +688,9 @@ static inline void attention_backward(bf16 *dq,  // (n) rows of H D, ld apart; s
                                       const int *doc_start,  // (n)
                                       int n, int H, int D, int W, int ldo, int ld,
                                       cudaStream_t stream) {
-    Attention a = {.o = (bf16 *)o,
-                   .lse = (float *)lse,
-                   .q = q,
-                   .k = k,
-                   .v = v,
-                   .doc_start = doc_start,
-                   .dq = dq,
-                   .dk = dk,
-                   .dv = dv,
-                   .delta = delta,
-                   .dout = dout,
-                   .n = n,
-                   .H = H,
-                   .W = min(W, n),
-                   .ldo = ldo,
-                   .ld = ld,
-                   .scale = attention_scale(D)};
-    assert(D == 64 || D == 128);
+    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
+    a.o = (bf16 *)o, a.lse = (float *)lse;  // only read
+    a.dq = dq, a.dk = dk, a.dv = dv, a.delta = delta, a.dout = dout;
     if (D == 128)
         attention_launch_backward<128>(a, stream);
     else

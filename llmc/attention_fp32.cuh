@@ -21,7 +21,7 @@
 constexpr int ATTENTION_WARPS = 8;  // rows a block does, neighbours of one head
 constexpr int ATTENTION_MAX_D = 256;
 
-// A call's arguments; at_head: of one head, the pointers moved there.
+// A call's arguments.
 typedef struct {
     float *o, *lse;          // (n) rows of H D, ldo apart; (H, n)
     const float *q, *k, *v;  // (n) rows of H D, ld apart
@@ -33,6 +33,7 @@ typedef struct {
     float scale;
 } Attention;
 
+// Moves the pointers to a head.
 __device__ __forceinline__ void at_head(Attention &a, int head) {
     int h = head * a.D;
     size_t at = (size_t)head * (unsigned)a.n;
@@ -179,6 +180,17 @@ template <int N> static inline void attention_launch_backward(const Attention &a
     attention_launch(attention_dkv_kernel<N>, a, s);
 }
 
+static inline Attention attention_of(const float *q, const float *k, const float *v,
+                                     const int *doc_start, int n, int H, int D, int W, int ldo,
+                                     int ld) {
+    Attention a = {};
+    assert(D <= ATTENTION_MAX_D);
+    a.q = q, a.k = k, a.v = v, a.doc_start = doc_start;
+    a.n = n, a.H = H, a.D = D, a.W = min(W, n), a.ldo = ldo, a.ld = ld;
+    a.scale = 1.44f / sqrtf((float)D);
+    return a;
+}
+
 static inline void attention_forward(float *o,        // (n) rows of H D, ldo apart
                                      float *lse,      // (H, n)
                                      const float *q,  // (n) rows of H D, ld apart; so k, v
@@ -186,9 +198,8 @@ static inline void attention_forward(float *o,        // (n) rows of H D, ldo ap
                                      const int *doc_start,  // (n)
                                      int n, int H, int D, int W, int ldo, int ld,
                                      cudaStream_t stream) {
-    Attention a = {o,    lse,  q, k, v, doc_start, NULL, NULL, NULL,
-                   NULL, NULL, n, H, D, min(W, n), ldo,  ld,   1.44f / sqrtf((float)D)};
-    assert(D <= ATTENTION_MAX_D);
+    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
+    a.o = o, a.lse = lse;
     if (D <= 32)
         attention_launch(attention_forward_kernel<1>, a, stream);
     else if (D <= 64)
@@ -199,7 +210,6 @@ static inline void attention_forward(float *o,        // (n) rows of H D, ldo ap
         attention_launch(attention_forward_kernel<8>, a, stream);
 }
 
-// dq, dk, dv are written, not added to.
 static inline void attention_backward(float *dq,  // (n) rows of H D, ld apart; so dk, dv, q, k, v
                                       float *dk, float *dv,
                                       float *delta,       // (H, n), scratch
@@ -210,9 +220,9 @@ static inline void attention_backward(float *dq,  // (n) rows of H D, ld apart; 
                                       const int *doc_start,  // (n)
                                       int n, int H, int D, int W, int ldo, int ld,
                                       cudaStream_t stream) {
-    Attention a = {(float *)o, (float *)lse, q, k, v, doc_start, dq,  dk, dv,
-                   delta,      dout,         n, H, D, min(W, n), ldo, ld, 1.44f / sqrtf((float)D)};
-    assert(D <= ATTENTION_MAX_D);
+    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
+    a.o = (float *)o, a.lse = (float *)lse;  // only read
+    a.dq = dq, a.dk = dk, a.dv = dv, a.delta = delta, a.dout = dout;
     if (D <= 32)
         attention_launch_backward<1>(a, stream);
     else if (D <= 64)

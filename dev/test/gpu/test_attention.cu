@@ -95,12 +95,17 @@ static void check_case(int B, int T, int H, int D, int W, int docs) {
              docs);
     forward(&p);
     float *o = gpu_expected(n * C), *dqkv = gpu_expected(n * 3 * C);
-    float *lse = gpu_expected(n * (size_t)H), *lse_by_head = gpu_expected(n * (size_t)H);
+    size_t rows = n * (size_t)H;
+    float *lse = gpu_expected(rows), *lse_by_head = gpu_expected(rows), *sizes = gpu_expected(rows);
     cpu::attention_forward(o, lse, p.qkv.host, p.in_row, W, B, T, H, D);
-    for (int i = 0; i < p.n * H; i++) lse_by_head[i % H * p.n + i / H] = lse[i];
+    for (int i = 0; i < p.n * H; i++) {
+        int at = i % H * p.n + i / H;
+        lse_by_head[at] = lse[i],
+        sizes[at] = 1 + fabsf(lse[i]);  // it may be a logarithm of about 1
+    }
     p.lse.tolerance = LSE_TOLERANCE;
     gpu_compare(p.o, o, p.n, p.C, "%s", shape);
-    gpu_compare(p.lse, lse_by_head, H, p.n, "%s", shape);
+    gpu_compare_sums(p.lse, lse_by_head, sizes, p.n * H, shape);
     backward(&p);  // both from the GPU's o: its rounding is forward's matter
     cpu::attention_backward(dqkv, p.dout.host, p.o.host, lse, p.qkv.host, p.in_row, W, B, T, H, D);
     for (int part = 0; part < 3; part++) compare_gradient(&p, dqkv, part, shape);
@@ -118,7 +123,8 @@ TEST(one_row) {
     for (int D : head_sizes) {
         if (grid_small) check_case(1, 70, 1, D, 40, DOCS_MIX);
         for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 192})
-            if (!grid_small) check_shape(1, T, D < 64 ? 3 : 2, D);
+            if (!grid_small)
+                check_shape(1, T, T <= 2 ? 8 : 2, D);  // few pairs may cancel: more heads
     }
 }
 
