@@ -57,7 +57,6 @@
 
 #include <assert.h>
 #include <math.h>
-
 #include "llmc/ptx.cuh"  // ldmatrix, ldmatrix_trans, mma, cp_async_16, exp2_fast
 #include "llmc/vec.cuh"  // vec_load
 
@@ -294,8 +293,9 @@ template <int D> struct ForwardShared {
     int first[FORWARD_QUERIES];  // first_key of each query
 };
 
-// A block: 128 queries of a head, 32 a warp, visited from their last key tile to their first, so
-// that each query meets itself in the first tile its warp computes: m is finite from then on.
+// A block: 128 queries of a head, 32 a warp. From their last key tile to their first: a query meets
+// itself in the first tile its warp computes, m is finite from then on. (With D = 64, at 3 blocks a
+// processor, ptxas spills one address, which is read once a tile.)
 template <int D>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     attention_forward_kernel(Attention a) {

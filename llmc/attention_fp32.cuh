@@ -3,13 +3,14 @@
 //
 //     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
 //     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)     j: max(doc_start[i], i - W) .. i
-// backward, with do = dout, dp_ij = do_i . v_j, delta_i = do_i . o_i, ds_ij = p_ij (dp_ij - delta_i):
+// backward, with do = dout:
+//     dp_ij = do_i . v_j,   delta_i = do_i . o_i,   ds_ij = p_ij (dp_ij - delta_i),
 //     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i,   dq_i = scale sum_j ds_ij k_j
 //
 // q, k, v, dq, dk, dv are n rows of H heads of D, ld apart; o and dout the same, ldo apart; lse and
 // delta are (H, n). D is at most 256. A warp does one row of one head: of queries for o and dq, of
-// keys for dk and dv. Lane l has the numbers l, l + 32, .. of each row of D; a dot product ends in a
-// sum over the warp. Everything is read from global memory, where caches hold it.
+// keys for dk and dv. Lane l has the numbers l, l + 32, .. of each row of D; a dot product ends in
+// a sum over the warp. Everything is read from global memory, where caches hold it.
 #ifndef LLMC_ATTENTION_FP32_CUH
 #define LLMC_ATTENTION_FP32_CUH
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ unsigned shared_address(const void *p) {
 }
 
 // Four 8 x 8 matrices of BF16 numbers from shared memory, one a register. Lane l gives the address
-// of row l % 8, 16 bytes, of matrix l / 8. Of each matrix a lane receives columns 2t, 2t+1 of row g:
-// with matrices {top left, bottom left, top right, bottom right} that is the layout of A above.
+// of row l % 8, 16 bytes, of matrix l / 8. Of each matrix a lane receives columns 2t, 2t+1 of row
+// g: with matrices {top left, bottom left, top right, bottom right} that is the layout of A above.
 __device__ __forceinline__ void ldmatrix(unsigned (&m)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])

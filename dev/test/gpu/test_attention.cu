@@ -64,8 +64,9 @@ static void backward(const Problem *p) {
 // ---------------------------------------------------------------------------------------------
 // Against the CPU.
 
-// dq, dk or dv (part 0, 1, 2): compared one by one, lest one hides behind another. Where every query
-// sees one key only, dq and dk are 0: there what rounding leaves is held against 1, the inputs' size.
+// dq, dk or dv (part 0, 1, 2): compared one by one, lest one hides behind another. Where every
+// query sees one key only, dq and dk are 0: what rounding leaves there is held against 1, the size
+// of the inputs.
 static void compare_gradient(Problem *p, const float *dqkv /* (n, 3C) */, int part,
                              const char *shape) {
     static const char *const names[] = {"dq", "dk", "dv"};
@@ -100,8 +101,8 @@ static void check_case(int B, int T, int H, int D, int W, int docs) {
     cpu::attention_forward(o, lse, p.qkv.host, p.in_row, W, B, T, H, D);
     for (int i = 0; i < p.n * H; i++) {
         int at = i % H * p.n + i / H;
-        lse_by_head[at] = lse[i],
-        sizes[at] = 1 + fabsf(lse[i]);  // it may be a logarithm of about 1
+        lse_by_head[at] = lse[i];
+        sizes[at] = 1 + fabsf(lse[i]);  // it may be the logarithm of about 1
     }
     p.lse.tolerance = LSE_TOLERANCE;
     gpu_compare(p.o, o, p.n, p.C, "%s", shape);
@@ -166,8 +167,8 @@ TEST(same_bits_again) {
 // ---------------------------------------------------------------------------------------------
 // Bench.
 
-// Time of a call, the median of 20, and its speed: `products` times 2 D FLOPs for each pair of query
-// and key that see each other.
+// Time of a call, the median of 20, and its speed: `products` times 2 D FLOPs for each pair of
+// query and key that see each other.
 static void bench(const char *name, const Problem *p, const char *docs, double pairs,
                   double products, void (*call)(const Problem *)) {
     enum { CALLS = 20, WARM = 3 };
