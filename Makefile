@@ -183,7 +183,7 @@ readme: $(BUILD)/train_gpt2
 
 # Source in the style of .clang-format.
 format:
-	clang-format -i train_gpt2.c train_gpt2.cu llmc/*.h llmc/*.cuh dev/*/*.[ch] dev/*/*.cu dev/*/*/*.c*
+	clang-format -i *.c *.cu llmc/*.[ch]* dev/*/*.[ch]* dev/*/*/*.[ch]*
 
 # Removes all that was built.
 clean:
