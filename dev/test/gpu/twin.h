@@ -50,7 +50,7 @@ void value_embed_forward(float *v, float *gate, const float *x, const float *w, 
 typedef struct {
     float *x, *product;  // (R, K) each
     float *a, *a2;       // (side, side) each, side = min(R, K)
-} MuonScratch;  // the C compiler knows it from train_gpt2.c
+} MuonScratch;           // the C compiler knows it from train_gpt2.c
 // clang-format off
 void muon_polar_express(MuonScratch *s, int R, int K);
 void muon_update(float *w, float *momentum, float *second, const float *g, double grad_scale, double mu, double beta2, double lr, double wd, int R, int K, MuonScratch *s);
