@@ -1,11 +1,11 @@
 // rmsnorm.cuh: the norm of every vector the network looks at, without gain and bias:
 //
 //     y = N(x) = r x,   r = 1 / sqrt(mean(x^2) + 2^-23),   over the C channels of each token
-//     dx (+)= r (dy - y mean(dy y))
+//     dx = r (dy - y mean(dy y))
 //
 // x, y and their gradients are (n, C), r is (n). Backward needs y and r, not x. Moved per token, of
-// floatX: forward 2C; backward 3C, 4C where it adds. llmc/residual.cuh has the norms that come with
-// a sum, llmc/rotary.cuh those of q and k.
+// floatX: forward 2C, backward 3C. llmc/residual.cuh has the norms that come
+// with a sum, llmc/rotary.cuh those of q and k.
 #ifndef LLMC_RMSNORM_CUH
 #define LLMC_RMSNORM_CUH
 
@@ -42,13 +42,12 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
 
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
     norm_backward_kernel(floatX *dx, const floatX *dy, const floatX *y, const float *r, int n,
-                         int C, bool add) {
+                         int C) {
     for (int t = token_first(); t < n; t += token_step()) {
         size_t at = (size_t)t * C;
-        Channels d, g, v;
+        Channels d = {}, g, v;
         channels_load(g, dy + at, C);
         channels_load(v, y + at, C);
-        channels_load(d, dx + at, add ? C : 0);
         norm_backward_token(d, g, v, r[t], C);
         channels_store(dx + at, d, C);
     }
@@ -63,14 +62,13 @@ static inline void norm_forward(floatX *y,        // (n, C)
     CUDA_LAUNCHED();
 }
 
-// add: dx += instead of dx =. dx may be dy.
-static inline void norm_backward(floatX *dx,        // (n, C)
+static inline void norm_backward(floatX *dx,        // (n, C), may be dy
                                  const floatX *dy,  // (n, C)
                                  const floatX *y,   // (n, C), forward's output
                                  const float *r,    // (n)
-                                 int n, int C, bool add, cudaStream_t stream) {
+                                 int n, int C, cudaStream_t stream) {
     TokenLaunch l = token_launch(n, C, 2);
-    norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dy, y, r, n, C, add);
+    norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dy, y, r, n, C);
     CUDA_LAUNCHED();
 }
 
