@@ -42,7 +42,7 @@
 #include "llmc/model.h"          // Config, Table, table_init, table_fill
 #include "llmc/muon.cuh"         // Muon, muon_update
 #include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
-#include "llmc/residual.cuh"     // mix_norm_forward, backout_norm_forward, add_forward
+#include "llmc/residual.cuh"     // Residual, mix_norm_forward, backout_norm_forward, add_forward
 #include "llmc/rmsnorm.cuh"      // norm_forward, norm_backward
 #include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
 #include "llmc/run.h"            // run_main; what it asks of a trainer: model_init, model_step, ...
@@ -130,20 +130,22 @@ typedef struct {
 
 typedef struct {
     LayerActivations layer[MODEL_MAX_LAYERS];
-    floatX *embed, *x0;           // (n, C): N(wte[idx]); behind the smear: the first layer's x_in
-    float *embed_r;               // (n)
-    float *smear;                 // (n): the smear gates
-    floatX *x_last;               // (n, C): the stream as it leaves the last layer
-    floatX *hf;                   // (n, C): the normed input of the head
-    float *rf;                    // (n)
-    floatX *logits;               // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
-    float *losses;                // (n): nats of each target
-    floatX *relu2, *dfc;          // (n, F)
-    floatX *dx, *dx0, *dxb, *dh;  // (n, C): gradients of the stream, of x0, of backout's branch, of
-                                  // a branch's normed input
-    floatX *dqkv;                 // (n, 3C)
-    float *delta, *dz;            // (H, n), (n, H): of attention, of the value gates
-    void *scratch;                // partial sums of whichever kernel runs
+    floatX *embed, *x0;             // (n, C): N(wte[idx]); behind the smear: the first layer's x_in
+    float *embed_r;                 // (n)
+    float *smear;                   // (n): the smear gates
+    floatX *x, *att_out, *mlp_out;  // (n, C): the stream, an unfinished sum: mixed, and what a
+                                    // layer's two branches add to it
+    floatX *hf;                     // (n, C): the normed input of the head
+    float *rf;                      // (n)
+    floatX *logits;                 // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
+    float *losses;                  // (n): nats of each target
+    floatX *relu2, *dfc;            // (n, F)
+    floatX *dx, *dx0, *dxb;         // (n, C): gradients of the stream, of x0, of backout's branch
+    floatX *dx_mid, *db;  // (n, C): of the stream between the branches; the MLP's part of it
+    floatX *dh;           // (n, C): of a branch's normed input
+    floatX *dqkv;         // (n, 3C)
+    float *delta, *dz;    // (H, n), (n, H): of attention, of the value gates
+    void *scratch;        // partial sums of whichever kernel runs
 } Activations;
 
 enum { HEAD_ROWS = 8192 };
@@ -182,12 +184,14 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
         PLACE(l->fc, floatX, X, n * F);
     }
     a->x0 = a->layer[0].x_in;
-    PLACE(a->x_last, floatX, X, n * C), PLACE(a->hf, floatX, X, n * C);
+    PLACE(a->x, floatX, X, n * C), PLACE(a->att_out, floatX, X, n * C);
+    PLACE(a->mlp_out, floatX, X, n * C), PLACE(a->hf, floatX, X, n * C);
     PLACE(a->rf, float, 4, n);
     PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
     PLACE(a->relu2, floatX, X, n * F), PLACE(a->dfc, floatX, X, n * F);
     PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
     PLACE(a->dxb, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
+    PLACE(a->dx_mid, floatX, X, n * C), PLACE(a->db, floatX, X, n * C);
     PLACE(a->dqkv, floatX, X, n * 3 * C);
     PLACE(a->delta, float, 4, n *H), PLACE(a->dz, float, 4, n *H);
     PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
@@ -195,9 +199,9 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
     return at;
 }
 
-// The stream behind layer i: what enters layer i + 1.
-static floatX *stream_behind(Activations *a, const Config *c, int i) {
-    return i + 1 < c->L ? a->layer[i + 1].x_in : a->x_last;
+// The stream as it left layer L/2, for backout; NULL where there is none.
+static const floatX *x_middle(const Activations *a, const Config *c) {
+    return config_has_backout(c) ? a->layer[c->L / 2 + 1].x_in : NULL;
 }
 
 // =============================================================================================
@@ -304,21 +308,21 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
     cudaStream_t s = m->stream;
     int n = b->n, C = c->C, H = c->H, D = c->D, F = c->F;
     double nC = (double)sizeof(floatX) * n * C, nF = (double)sizeof(floatX) * n * F;
-    const MatmulEpilogue store = {MATMUL_STORE}, add = {MATMUL_ADD};
+    const MatmulEpilogue store = {MATMUL_STORE};
 
     trace_op(t, "embed_norm", -1, 0, 2 * nC);
     embed_norm_forward(a->embed, a->embed_r, b->tokens, w->wte, n, C, s);
     trace_op(t, "smear", -1, 0, 2 * nC);
     smear_forward(a->x0, a->smear, a->embed, w->smear_gate, w->smear_lambda, b->doc_start, n, C, s);
+    Residual stream = {a->x0, NULL, NULL};
     for (int i = 0; i < c->L; i++) {
         const LayerWeights *lw = weights_get(m, i);
         LayerActivations *l = &a->layer[i];
-        floatX *x = stream_behind(a, c, i);  // grows in place: the mix, + attention, + MLP
         int W = phase->window[i];
 
-        trace_op(t, "mix_norm", i, 0, 4 * nC);
-        mix_norm_forward(x, l->h1, l->r1, l->x_in, a->x0, w->resid_lambda + i, w->x0_lambda + i, n,
-                         C, s);
+        trace_op(t, "mix_norm", i, 0, (i ? 7 : 4) * nC);
+        mix_norm_forward(a->x, i ? l->x_in : NULL, l->h1, l->r1, stream, a->x0, w->resid_lambda + i,
+                         w->x0_lambda + i, n, C, s);
         trace_op(t, "qkv", i, matmul_flops(n, C, 3 * C), matmul_bytes(n, C, 3 * C));
         matmul_forward(&m->matmul, l->qkv, matmul_operand(l->h1), matmul_operand(lw->wqkv), store,
                        n, C, 3 * C, s);
@@ -331,24 +335,24 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
         qk_forward(l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
         trace_op(t, "attention", i, attention_flops(n, b->T, C, W, 2), 4 * nC);
         attend(m, b, l, W);
-        trace_op(t, "wo", i, matmul_flops(n, C, C), matmul_bytes(n, C, C) + nC);
-        matmul_forward(&m->matmul, x, matmul_operand(l->att), matmul_operand(lw->wo), add, n, C, C,
-                       s);
-        trace_op(t, "norm", i, 0, 2 * nC);
-        norm_forward(l->h2, l->r2, x, n, C, s);
+        trace_op(t, "wo", i, matmul_flops(n, C, C), matmul_bytes(n, C, C));
+        matmul_forward(&m->matmul, a->att_out, matmul_operand(l->att), matmul_operand(lw->wo),
+                       store, n, C, C, s);
+        trace_op(t, "norm", i, 0, 3 * nC);
+        residual_norm_forward(l->h2, l->r2, {a->x, a->att_out, NULL}, n, C, s);
         trace_op(t, "fc", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
         matmul_forward(&m->matmul, l->fc, matmul_operand(l->h2), matmul_operand(lw->wfc), store, n,
                        C, F, s);
         trace_op(t, "relu2", i, 0, 2 * nF);
         relu2_forward(a->relu2, l->fc, (size_t)n * F, s);
-        trace_op(t, "proj", i, matmul_flops(n, F, C), matmul_bytes(n, F, C) + nC);
-        matmul_forward(&m->matmul, x, matmul_operand(a->relu2), matmul_operand(lw->wproj), add, n,
-                       F, C, s);
+        trace_op(t, "proj", i, matmul_flops(n, F, C), matmul_bytes(n, F, C));
+        matmul_forward(&m->matmul, a->mlp_out, matmul_operand(a->relu2), matmul_operand(lw->wproj),
+                       store, n, F, C, s);
+        stream = {a->x, a->att_out, a->mlp_out};
         weights_release(m, i);
     }
-    trace_op(t, "backout_norm", -1, 0, 3 * nC);
-    const floatX *x_middle = config_has_backout(c) ? stream_behind(a, c, c->L / 2) : NULL;
-    backout_norm_forward(a->hf, a->rf, a->x_last, x_middle, w->backout_lambda, n, C, s);
+    trace_op(t, "backout_norm", -1, 0, 5 * nC);
+    backout_norm_forward(a->hf, a->rf, stream, x_middle(a, c), w->backout_lambda, n, C, s);
     trace_end(t);
 }
 
@@ -425,13 +429,13 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
-    trace_op(t, "norm backward", i, 0, 4 * nC);
-    norm_backward(a->dx, a->dh, l->h2, l->r2, n, C, true, s);
+    trace_op(t, "norm backward", i, 0, 5 * nC);
+    branch_norm_backward(a->dx_mid, a->db, a->dx, a->dh, l->h2, l->r2, n, C, s);
     // x += att wo^T
     trace_op(t, "wo wgrad", i, flops_C, bytes_C);
-    matmul_wgrad(mm, dw->wo, matmul_operand(a->dx), matmul_operand(l->att), n, C, C, s);
+    matmul_wgrad(mm, dw->wo, matmul_operand(a->dx_mid), matmul_operand(l->att), n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
-    matmul_dgrad(mm, a->dh, matmul_operand(a->dx), matmul_operand(w->wo), store, n, C, C, s);
+    matmul_dgrad(mm, a->dh, matmul_operand(a->dx_mid), matmul_operand(w->wo), store, n, C, C, s);
     trace_op(t, "attention backward", i, attention_flops(n, b->T, C, W, 5), 8 * nC);
     attend_backward(m, b, l, W);
     // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
@@ -453,10 +457,10 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
         value_gate_backward(dw->ve_gate, a->dh, a->dz, l->h1, w->ve_gate, a->scratch, n, H, C, s);
     }
     // h1 = N(x), x = resid_lambda x_in + x0_lambda x0
-    trace_op(t, "mix_norm backward", i, 0, 8 * nC);
-    mix_norm_backward(a->dx, a->dx0, m->dw.resid_lambda + i, m->dw.x0_lambda + i, a->dh, l->h1,
-                      l->r1, l->x_in, a->x0, m->w.resid_lambda + i, m->w.x0_lambda + i, a->scratch,
-                      n, C, s);
+    trace_op(t, "mix_norm backward", i, 0, 9 * nC);
+    mix_norm_backward(a->dx, a->dx0, m->dw.resid_lambda + i, m->dw.x0_lambda + i, a->db, a->dh,
+                      l->h1, l->r1, l->x_in, a->x0, m->w.resid_lambda + i, m->w.x0_lambda + i,
+                      a->scratch, n, C, s);
     trace_end(t);
     weights_release(m, i);
 }
@@ -485,9 +489,8 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, b
     bool backout = config_has_backout(c);
 
     trace_op(t, "backout_norm backward", -1, 0, 5 * nC);
-    backout_norm_backward(a->dx, a->dxb, m->dw.backout_lambda, a->dh, a->hf, a->rf,
-                          backout ? stream_behind(a, c, L / 2) : NULL, m->w.backout_lambda,
-                          a->scratch, n, C, s);
+    backout_norm_backward(a->dx, a->dxb, m->dw.backout_lambda, a->dh, a->hf, a->rf, x_middle(a, c),
+                          m->w.backout_lambda, a->scratch, n, C, s);
     CUDA_CHECK(cudaMemsetAsync(a->dx0, 0, (size_t)n * C * sizeof(floatX), s));
     for (int i = L - 1; i >= 0; i--) {
         if (backout && i == L / 2) add_forward(a->dx, a->dxb, (size_t)n * C, s);
@@ -499,7 +502,7 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, b
     smear_backward(a->dx, m->dw.smear_gate, m->dw.smear_lambda, a->dx0, a->embed, a->smear,
                    m->w.smear_gate, m->w.smear_lambda, b->doc_start, a->scratch, n, C, s);
     trace_op(t, "embed_norm backward", -1, 0, 5 * nC + 4.0 * n * C);
-    norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, false, s);
+    norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, s);
     embed_backward(m->dw.wte, a->dx, b->index, a->scratch, n, C, s);
     trace_end(t);
     if (last) block_is_final(m, 0), block_is_final(m, 1 + L);
