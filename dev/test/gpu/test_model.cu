@@ -143,15 +143,17 @@ int main(void) {
     if (sizeof(floatX) == 4) {
         run_fixtures(grid_small ? "dev/test/fixtures/oracle_odd*" : "dev/test/fixtures/oracle_*",
                      test_oracle);
-        run_fixtures(grid_small ? "dev/test/fixtures/optim_g*" : "dev/test/fixtures/optim_*",
-                     test_optimizer);
-        RUN(micro_batches_change_nothing_but_rounding);
     } else {  // heads of 64 or 128 only; rounding alone is far above what FP32 is allowed
         tolerance = {0.01, 0.05, 0.15, INFINITY, INFINITY, INFINITY};
         run_fixtures("dev/test/fixtures/oracle_*_d128*", test_oracle);
     }
-    RUN(same_command_same_bits);
     RUN(step_in_a_graph);
+    if (grid_small) return test_end();  // under the sanitizers one model is slow enough
+    if (sizeof(floatX) == 4) {
+        run_fixtures("dev/test/fixtures/optim_*", test_optimizer);
+        RUN(micro_batches_change_nothing_but_rounding);
+    }
+    RUN(same_command_same_bits);
     RUN(not_finite_no_update);
     RUN(padding_stays_zero);
     return test_end();
