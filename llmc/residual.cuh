@@ -88,6 +88,7 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
 #pragma unroll
         for (int i = 0; i < CHANNELS_HELD; i++) d[i] += b[i];
         norm_backward_token(d, g, v, r[t], C);
+        // Loaded only now: held across the sum, these three would spill in FP32.
         channels_load(in, x_in + at, C);
         channels_load(in0, x0 + at, C);
         dl += channels_dot(d, in), dl0 += channels_dot(d, in0);

@@ -1,6 +1,6 @@
 // test_residual.cu: the sums of the residual stream and their norms (llmc/residual.cuh).
 #include "dev/test/gpu/test_tokens.cuh"
-#include "llmc/residual.cuh"  // mix_norm_*, backout_norm_*, add_forward
+#include "llmc/residual.cuh"  // Residual, mix_norm_*, residual_norm_*, add_forward
 
 static const float lambda = 1.125f, lambda0 = -0.3f, before = 3;  // before: what gradients hold
 
@@ -11,40 +11,55 @@ static float sum_of_sizes(const float *a, const float *b, size_t count) {
     return (float)sum;
 }
 
-static void round_all(float *x, size_t count) {
-    floatX rounded;
-    for (size_t i = 0; i < count; i++) from_host(&rounded, x[i]), to_host(&x[i], rounded);
+// A residual stream, and its sum as the CPU makes it.
+typedef struct {
+    GpuArray<floatX> x;
+    Residual sum;
+    float *expected;  // (count)
+} Stream;
+
+// parts: how many of x, a and b are there.
+static Stream stream_normal(size_t count, int parts) {
+    GpuArray<floatX> x = gpu_normal<floatX>("x", count, 3);
+    GpuArray<floatX> a = gpu_normal<floatX>("a", count, 1), b = gpu_normal<floatX>("b", count, 1);
+    float *expected = gpu_expected(count);
+    memcpy(expected, x.host, count * sizeof *expected);
+    if (parts > 1) cpu::add_forward(expected, a.host, (int64_t)count);
+    if (parts > 2) cpu::add_forward(expected, b.host, (int64_t)count);
+    return {x, {x.device, parts > 1 ? a.device : NULL, parts > 2 ? b.device : NULL}, expected};
 }
 
-// one_buffer: x_in is x0, as in the first layer.
-static void check_mix_forward(int n, int C, bool one_buffer) {
+// parts 1: a first layer, whose stream is x0 and whose x_in is not kept. Else x is made in place.
+static void check_mix_forward(int n, int C, int parts) {
     size_t nC = (size_t)n * C;
-    GpuArray<floatX> x_in = gpu_normal<floatX>("x_in", nC, 1);
-    GpuArray<floatX> x0 = one_buffer ? x_in : gpu_normal<floatX>("x0", nC, 1);
+    Stream in = stream_normal(nC, parts);
+    GpuArray<floatX> x0 = parts == 1 ? in.x : gpu_normal<floatX>("x0", nC, 1);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<float> l0 = gpu_copy<float>("lambda0", &lambda0, 1);
-    GpuArray<floatX> x = gpu_poisoned<floatX>("x", nC), h = gpu_poisoned<floatX>("h", nC);
+    GpuArray<floatX> x = parts == 1 ? gpu_poisoned<floatX>("x", nC) : in.x;
+    GpuArray<floatX> x_in = gpu_poisoned<floatX>("x_in", nC), h = gpu_poisoned<floatX>("h", nC);
     GpuArray<float> r = gpu_poisoned<float>("r", n);
     float *x_expected = gpu_expected(nC), *h_expected = gpu_expected(nC);
     float *r_expected = gpu_expected(n);
-    mix_norm_forward(x.device, h.device, r.device, x_in.device, x0.device, l.device, l0.device, n,
-                     C, 0);
-    cpu::mix_forward(x_expected, x_in.host, x0.host, lambda, lambda0, (int64_t)nC);
-    round_all(x_expected, nC);
+    mix_norm_forward(x.device, parts == 1 ? NULL : x_in.device, h.device, r.device, in.sum,
+                     x0.device, l.device, l0.device, n, C, 0);
+    cpu::mix_forward(x_expected, in.expected, x0.host, lambda, lambda0, (int64_t)nC);
     cpu::norm_forward(h_expected, r_expected, x_expected, n, C);
-    r.tolerance = TOLERANCE_X;
-    gpu_compare(x, x_expected, n, C, "n %d, C %d, one buffer %d", n, C, one_buffer);
-    gpu_compare(h, h_expected, n, C, "n %d, C %d, one buffer %d", n, C, one_buffer);
-    gpu_compare(r, r_expected, n, 1, "n %d, C %d, one buffer %d", n, C, one_buffer);
+    gpu_compare(x, x_expected, n, C, "n %d, C %d, parts %d", n, C, parts);
+    if (parts > 1) gpu_compare(x_in, in.expected, n, C, "n %d, C %d, parts %d", n, C, parts);
+    gpu_compare(h, h_expected, n, C, "n %d, C %d, parts %d", n, C, parts);
+    gpu_compare(r, r_expected, n, 1, "n %d, C %d, parts %d", n, C, parts);
     gpu_end_case();
 }
 
+// one_buffer: x_in is x0, as in the first layer.
 static void check_mix_backward(int n, int C, bool one_buffer) {
     size_t nC = (size_t)n * C;
     GpuArray<floatX> x_in = gpu_normal<floatX>("x_in", nC, 1);
     GpuArray<floatX> x0 = one_buffer ? x_in : gpu_normal<floatX>("x0", nC, 1);
     GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
     GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1), dx0 = gpu_normal<floatX>("dx0", nC, 1);
+    GpuArray<floatX> db = gpu_normal<floatX>("db", nC, 1);
     GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<float> l0 = gpu_copy<float>("lambda0", &lambda0, 1);
@@ -54,12 +69,13 @@ static void check_mix_backward(int n, int C, bool one_buffer) {
 
     float *d = gpu_expected(nC), *d0 = gpu_expected(nC), dlambda = before, dlambda0 = before;
     memcpy(d, dx.host, nC * sizeof *d), memcpy(d0, dx0.host, nC * sizeof *d0);
+    cpu::add_forward(d, db.host, (int64_t)nC);
     cpu::norm_backward(d, dh.host, h.host, r.host, n, C, true);
     float size = sum_of_sizes(d, x_in.host, nC), size0 = sum_of_sizes(d, x0.host, nC);
     cpu::mix_backward(d, d0, &dlambda, &dlambda0, d, x_in.host, x0.host, lambda, lambda0,
                       gpu_expected<double>(n), n, C);
-    mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dh.device, h.device, r.device,
-                      x_in.device, x0.device, l.device, l0.device, scratch, n, C, 0);
+    mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, db.device, dh.device, h.device,
+                      r.device, x_in.device, x0.device, l.device, l0.device, scratch, n, C, 0);
     char shape[80];
     snprintf(shape, sizeof shape, "n %d, C %d, one buffer %d", n, C, one_buffer);
     gpu_compare(dx, d, n, C, "%s", shape);
@@ -70,27 +86,61 @@ static void check_mix_backward(int n, int C, bool one_buffer) {
 }
 
 static void check_mix(int n, int C) {
-    for (bool one_buffer : {false, true}) {
-        check_mix_forward(n, C, one_buffer);
-        check_mix_backward(n, C, one_buffer);
-    }
+    for (int parts : {1, 2, 3}) check_mix_forward(n, C, parts);
+    for (bool one_buffer : {false, true}) check_mix_backward(n, C, one_buffer);
+}
+
+static void check_residual_forward(int n, int C, int parts) {
+    size_t nC = (size_t)n * C;
+    Stream in = stream_normal(nC, parts);
+    GpuArray<floatX> h = gpu_poisoned<floatX>("h", nC);
+    GpuArray<float> r = gpu_poisoned<float>("r", n);
+    float *h_expected = gpu_expected(nC), *r_expected = gpu_expected(n);
+    residual_norm_forward(h.device, r.device, in.sum, n, C, 0);
+    cpu::norm_forward(h_expected, r_expected, in.expected, n, C);
+    gpu_compare(h, h_expected, n, C, "n %d, C %d, parts %d", n, C, parts);
+    gpu_compare(r, r_expected, n, 1, "n %d, C %d, parts %d", n, C, parts);
+    gpu_end_case();
+}
+
+static void check_branch_backward(int n, int C) {
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
+    GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1);
+    GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
+    GpuArray<floatX> dx_mid = gpu_poisoned<floatX>("dx_mid", nC);
+    GpuArray<floatX> db = gpu_poisoned<floatX>("db", nC);
+    float *mid_expected = gpu_expected(nC), *b_expected = gpu_expected(nC);
+    branch_norm_backward(dx_mid.device, db.device, dx.device, dh.device, h.device, r.device, n, C,
+                         0);
+    cpu::norm_backward(b_expected, dh.host, h.host, r.host, n, C, false);
+    memcpy(mid_expected, b_expected, nC * sizeof *mid_expected);
+    cpu::add_forward(mid_expected, dx.host, (int64_t)nC);
+    gpu_compare(db, b_expected, n, C, "n %d, C %d", n, C);
+    gpu_compare(dx_mid, mid_expected, n, C, "n %d, C %d", n, C);
+    gpu_end_case();
+}
+
+static void check_residual(int n, int C) {
+    for (int parts : {1, 2, 3}) check_residual_forward(n, C, parts);
+    check_branch_backward(n, C);
 }
 
 // has: there is an x_middle.
-static void check_backout_forward(int n, int C, bool has) {
+static void check_backout_forward(int n, int C, int parts, bool has) {
     size_t nC = (size_t)n * C;
-    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 3);
+    Stream in = stream_normal(nC, parts);
     GpuArray<floatX> middle = gpu_normal<floatX>("x_middle", nC, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<floatX> hf = gpu_poisoned<floatX>("hf", nC);
     GpuArray<float> rf = gpu_poisoned<float>("rf", n);
     float *y = gpu_expected(nC), *hf_expected = gpu_expected(nC), *rf_expected = gpu_expected(n);
-    backout_norm_forward(hf.device, rf.device, x.device, has ? middle.device : NULL, l.device, n, C,
-                         0);
-    cpu::backout_forward(y, x.host, middle.host, has ? lambda : 0, (int64_t)nC);
+    backout_norm_forward(hf.device, rf.device, in.sum, has ? middle.device : NULL,
+                         has ? l.device : NULL, n, C, 0);
+    cpu::backout_forward(y, in.expected, middle.host, has ? lambda : 0, (int64_t)nC);
     cpu::norm_forward(hf_expected, rf_expected, y, n, C);
-    gpu_compare(hf, hf_expected, n, C, "n %d, C %d, backout %d", n, C, has);
-    gpu_compare(rf, rf_expected, n, 1, "n %d, C %d, backout %d", n, C, has);
+    gpu_compare(hf, hf_expected, n, C, "n %d, C %d, parts %d, backout %d", n, C, parts, has);
+    gpu_compare(rf, rf_expected, n, 1, "n %d, C %d, parts %d, backout %d", n, C, parts, has);
     gpu_end_case();
 }
 
@@ -121,12 +171,13 @@ static void check_backout_backward(int n, int C, bool has) {
 
 static void check_backout(int n, int C) {
     for (bool has : {false, true}) {
-        check_backout_forward(n, C, has);
+        check_backout_forward(n, C, has ? 3 : 2, has);
         check_backout_backward(n, C, has);
     }
 }
 
 TEST(mix_norm) { each_shape(check_mix); }
+TEST(residual_norm) { each_shape(check_residual); }
 TEST(backout_norm) { each_shape(check_backout); }
 
 // So many tokens that blocks take several in turn and their sums are many.
@@ -150,12 +201,43 @@ TEST(same_bits_again) {
         GpuArray<floatX> dx0 = gpu_copy<floatX>("dx0", dh.host, nC);
         GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
         GpuArray<float> dl0 = gpu_copy<float>("dlambda0", &before, 1);
-        mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dh.device, x.device,
-                          r.device, x.device, dh.device, l.device, l.device, scratch, n, C, 0);
+        mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dh.device, dh.device,
+                          x.device, r.device, x.device, dh.device, l.device, l.device, scratch, n,
+                          C, 0);
         float now[2] = {*gpu_read(dl), *gpu_read(dl0)};
         if (run == 0) memcpy(first, now, sizeof first);
         CHECK(!memcmp(first, now, sizeof first));
     }
+    gpu_end_case();
+}
+
+// Twenty layers whose branches are a thousandth of x, when half an ulp of BF16 is two to four times
+// as much: how much of them is there in the end, against sums in double? Added to x one by one and
+// rounded each time, 0.37 of them would be.
+TEST(small_branches_are_kept) {
+    int n = 16, C = 768;
+    float scale = 1.05f, scale0 = 0.05f;
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 1), x0 = gpu_normal<floatX>("x0", nC, 1);
+    GpuArray<floatX> a = gpu_normal<floatX>("a", nC, 1e-3), b = gpu_normal<floatX>("b", nC, 1e-3);
+    GpuArray<floatX> h = gpu_poisoned<floatX>("h", nC);
+    GpuArray<float> l = gpu_copy<float>("lambda", &scale, 1), r = gpu_poisoned<float>("r", n);
+    GpuArray<float> l0 = gpu_copy<float>("lambda0", &scale0, 1);
+    double power = 1, sum = 0, sum0 = 0;  // what stream, branches and x0 have been multiplied by
+    for (int layer = 0; layer < 20; layer++) {
+        mix_norm_forward(x.device, NULL, h.device, r.device, {x.device, a.device, b.device},
+                         x0.device, l.device, l0.device, n, C, 0);
+        power *= scale, sum = scale * (sum + 1), sum0 = scale * sum0 + scale0;
+    }
+    float *start = gpu_expected(nC);
+    memcpy(start, x.host, nC * sizeof *start), gpu_read(x);
+    double found = 0, expected = 0;
+    for (size_t i = 0; i < nC; i++) {
+        double branches = sum * ((double)a.host[i] + b.host[i]);
+        found += (x.host[i] - power * start[i] - sum0 * x0.host[i]) * branches;
+        expected += branches * branches;
+    }
+    CHECK_NEAR(found / expected, 1, 0.02);
     gpu_end_case();
 }
 
@@ -174,18 +256,23 @@ TEST(add) {
 
 static void lines(int n, int C) {
     size_t nC = (size_t)n * C;
-    floatX *a[6];
+    floatX *a[7];
     for (floatX *&x : a) x = bench_array<floatX>(nC);
     float *r = bench_array<float>(n), *l = bench_array<float>(1), *dl = bench_array<float>(2);
     void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
-    bench("mix_norm_forward", n, C, 4,
-          [=] { mix_norm_forward(a[0], a[1], r, a[2], a[3], l, l, n, C, 0); });
-    bench("mix_norm_backward", n, C, 8, [=] {
-        mix_norm_backward(a[0], a[1], dl, dl + 1, a[2], a[3], r, a[4], a[5], l, l, scratch, n, C,
-                          0);
+    Residual sum = {a[0], a[1], a[2]}, first = {a[0], a[1], NULL};
+    bench("mix_norm_forward", n, C, 7,
+          [=] { mix_norm_forward(a[3], a[4], a[5], r, sum, a[6], l, l, n, C, 0); });
+    bench("mix_norm_backward", n, C, 9, [=] {
+        mix_norm_backward(a[0], a[1], dl, dl + 1, a[2], a[3], a[4], r, a[5], a[6], l, l, scratch, n,
+                          C, 0);
     });
-    bench("backout_norm_forward", n, C, 3,
-          [=] { backout_norm_forward(a[0], r, a[1], a[2], l, n, C, 0); });
+    bench("residual_norm_forward", n, C, 3,
+          [=] { residual_norm_forward(a[3], r, first, n, C, 0); });
+    bench("branch_norm_backward", n, C, 5,
+          [=] { branch_norm_backward(a[0], a[1], a[2], a[3], a[4], r, n, C, 0); });
+    bench("backout_norm_forward", n, C, 5,
+          [=] { backout_norm_forward(a[3], r, sum, a[4], l, n, C, 0); });
     bench("backout_norm_backward", n, C, 5,
           [=] { backout_norm_backward(a[0], a[1], dl, a[2], a[3], r, a[4], l, scratch, n, C, 0); });
     bench("add_forward", n, C, 3, [=] { add_forward(a[0], a[1], nC, 0); });
@@ -195,9 +282,11 @@ int main(int argc, char **argv) {
     gpu_test_begin();
     bench_if_asked(argc, argv, lines);
     RUN(mix_norm);
+    RUN(residual_norm);
     RUN(backout_norm);
     RUN(sums_over_many_tokens);
     RUN(same_bits_again);
+    RUN(small_branches_are_kept);
     RUN(add);
     return test_end();
 }
