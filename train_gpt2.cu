@@ -234,8 +234,8 @@ struct Model {
     double *norm_partial, *tensor_norm;  // (chunks), (tensors): sums of squares
     int *first_chunk, *host_chunk;       // (tensors + 1): where each tensor's chunks begin
     Feed feed;
-    int slots, next_slot;  // of the feed, but the last, which is validation's
-    bool fetched;          // next_slot holds the next step's first micro-batch
+    int slots, next_slot;  // of the feed; the last is validation's, the others go round
+    int ready;             // the slot with the next step's first micro-batch, or -1
     float *host_losses;    // (n) pinned, for validation
     size_t max_tokens;     // n
 };
@@ -520,6 +520,11 @@ static void model_accumulate(Model *m, const DeviceBatch *b, const Phase *phase,
 // =============================================================================================
 // The update: norm and check, then every tensor by its optimizer.
 
+// The working copy of the masters from `offset` on; NULL where the masters themselves serve.
+static floatX *working_copy(const Model *m, size_t offset) {
+    return sizeof(floatX) == sizeof(float) ? NULL : m->weights + offset;
+}
+
 static void model_update(Model *m) {
     const Table *table = &m->table;
     Trace *t = &m->trace;
@@ -534,14 +539,13 @@ static void model_update(Model *m) {
     for (int i = 0; i < table->count; i++) {
         const Tensor *x = &table->tensor[i];
         if (x->frozen || x->group == GROUP_MATRIX) continue;
-        floatX *w = (void *)m->weights == (void *)m->masters ? NULL : m->weights + x->offset;
-        adamw_update(m->masters + x->offset, w, m->first + x->offset, m->second + x->state,
-                     m->grads + x->offset, m->step, x->group, tensor_numel(x), s);
+        adamw_update(m->masters + x->offset, working_copy(m, x->offset), m->first + x->offset,
+                     m->second + x->state, m->grads + x->offset, m->step, x->group, tensor_numel(x),
+                     s);
     }
     trace_op(t, "muon", -1, muon_flops(&m->muon), 0);
-    muon_update(&m->muon, &m->matmul, m->masters,
-                (void *)m->weights == (void *)m->masters ? NULL : m->weights, m->grads, m->first,
-                m->second, m->step, s);
+    muon_update(&m->muon, &m->matmul, m->masters, working_copy(m, 0), m->grads, m->first, m->second,
+                m->step, s);
     trace_end(t);
 }
 
@@ -556,6 +560,7 @@ static int fetch(Model *m, Loader *loader, const Phase *phase) {
     return slot;
 }
 
+// For --dump.
 static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *phase,
                        StepTrace *keep) {
     size_t n = (size_t)phase->micro_rows * (size_t)phase->T, at = (size_t)micro * n;
@@ -563,38 +568,43 @@ static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *pha
     memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
 }
 
+// What the step left in host_step. first: the slot of its first micro-batch.
+static StepResult step_result(const Model *m, const Phase *phase, int first) {
+    const StepState *done = m->host_step;
+    StepResult r;
+    memset(&r, 0, sizeof r);
+    r.loss = done->loss_sum / (double)phase->batch, r.grad_norm = done->grad_norm;
+    r.finite = !done->skip;
+    r.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
+    if (isfinite(r.loss) && done->bad_tensor >= 0)
+        r.bad_tensor = m->table.tensor[done->bad_tensor].name;
+    int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
+    int slot = (first + row / phase->micro_rows) % (m->slots - 1);
+    r.origin = m->feed.slot[slot].origin[row % phase->micro_rows];
+    return r;
+}
+
 StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
                       const Flags *flags, int64_t step, StepTrace *keep) {
     cudaStream_t s = m->stream;
-    StepResult result;
-    memset(&result, 0, sizeof result);
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
     CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->table.numel * sizeof(float), s));
-    int first =
-        m->fetched ? (m->next_slot + m->slots - 2) % (m->slots - 1) : fetch(m, loader, phase);
-    for (int64_t micro = 0, slot = first; micro < phase->micro_steps; micro++) {
-        DeviceBatch b = feed_get(&m->feed, (int)slot, s);
+    int first = m->ready >= 0 ? m->ready : fetch(m, loader, phase), slot = first;
+    for (int64_t micro = 0; micro < phase->micro_steps; micro++) {
+        DeviceBatch b = feed_get(&m->feed, slot, s);
         size_t at = (size_t)micro * (size_t)b.n * (size_t)m->cfg.V;
-        if (keep) keep_batch(m, (int)slot, micro, phase, keep);
+        if (keep) keep_batch(m, slot, micro, phase, keep);
         model_accumulate(m, &b, phase, micro, keep ? keep->logits + at : NULL);
         if (micro + 1 < phase->micro_steps) slot = fetch(m, loader, phase);
     }
     model_update(m);
     CUDA_CHECK(cudaMemcpyAsync(m->host_step, m->step, sizeof *m->step, cudaMemcpyDeviceToHost, s));
-    result.at = loader_state(loader);
-    fetch(m, loader, phase);
-    m->fetched = true;
+    LoaderState at = loader_state(loader);
+    m->ready = fetch(m, loader, phase);
     CUDA_CHECK(cudaStreamSynchronize(s));
-    const StepState *done = m->host_step;
-    result.loss = done->loss_sum / (double)phase->batch, result.grad_norm = done->grad_norm;
-    result.finite = !done->skip;
-    result.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
-    if (isfinite(result.loss) && done->bad_tensor >= 0)
-        result.bad_tensor = m->table.tensor[done->bad_tensor].name;
-    int64_t row = result.bad_row < 0 ? 0 : result.bad_row;
-    int slot = (int)((first + row / phase->micro_rows) % (m->slots - 1));
-    result.origin = m->feed.slot[slot].origin[row % phase->micro_rows];
+    StepResult result = step_result(m, phase, first);
+    result.at = at;
     if (keep)
         CUDA_CHECK(cudaMemcpy(keep->grads, m->grads, m->table.numel * sizeof(float),
                               cudaMemcpyDeviceToHost));
@@ -757,7 +767,7 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
 #ifdef USE_CUDNN
     cudnn_init(m, &phase);
 #endif
-    m->slots = (int)phase.micro_steps + 2;
+    m->slots = (int)phase.micro_steps + 2, m->ready = -1;
     feed_init(&m->feed, &m->gpu, cfg, rows, phase.T, m->slots);
     m->host_losses = (float *)pinned(m->max_tokens * sizeof(float), "validation's losses");
 
@@ -847,8 +857,7 @@ void model_upload(Model *m, ModelState state) {
     upload(m->masters, state.params, m->table.numel * sizeof(float));
     if (state.first) upload(m->first, state.first, m->table.numel * sizeof(float));
     if (state.second) upload(m->second, state.second, m->table.state_numel * sizeof(float));
-    if (sizeof(floatX) != sizeof(float))
-        weights_round(m->weights, m->masters, m->table.numel, m->stream);
+    if (working_copy(m, 0)) weights_round(m->weights, m->masters, m->table.numel, m->stream);
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
 }
 
