@@ -11,7 +11,7 @@
 // and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are kept
 // for backward (x_in, h1, q, k, v, att, h2: C each; fc: 4C); relu^2 is computed again.
 //
-// ONE STEP. Everything is enqueued on one stream; the host waits once, at the step's end:
+// ONE STEP. All but batches and norms is enqueued on one stream; the host waits once, at the end:
 //
 //     host     load batch 1 .. M into their slots                 load the next step's first | wait
 //     stream   zero gradients | micro-step 1 .. M: forward, head, backward | check | update  |
@@ -269,13 +269,13 @@ static double attention_flops(int n, int T, int C, int W, int products) {
     return 2.0 * products * n * C * keys;
 }
 
-// Attention by our own kernels; in a build with USE_CUDNN=1 by cuDNN's, but for samples, which come
-// in ever new lengths that cuDNN would have to plan.
+// Attention by our own kernels; in a build with USE_CUDNN=1 whole micro-batches by cuDNN's, which
+// must plan each shape. Samples and the last rows of a validation stay with ours.
 static void attend(Model *m, const DeviceBatch *b, LayerActivations *l, int W) {
     int n = b->n, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
     const floatX *q = l->qkv, *k = q + C, *v = k + C;
 #ifdef USE_CUDNN
-    if (b->T == m->cfg.T) {
+    if (b->T == m->cfg.T && (size_t)n == m->max_tokens) {
         cudnn_attention_forward(m->cudnn, l->att, l->lse, q, k, v, m->cudnn_work, n, b->T, H, D, W,
                                 C, 3 * C, m->stream);
         return;
@@ -417,21 +417,21 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     double flops_3C = 3 * flops_C, bytes_3C = matmul_bytes(n, C, 3 * C);
     const MatmulEpilogue store = {MATMUL_STORE};
 
-    // x_out = x + relu2(fc) wproj^T
+    // mlp_out = relu2(fc) wproj^T
     trace_op(t, "proj dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj), store, n, F, C, s);
     trace_op(t, "relu2 backward", i, 0, 4 * nF);
     relu2_backward(a->dfc, a->relu2, l->fc, (size_t)n * F, s);
     trace_op(t, "proj wgrad", i, flops_F, bytes_F);
     matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(a->relu2), n, F, C, s);
-    // fc = h2 wfc^T, h2 = N(x)
+    // fc = h2 wfc^T, h2 = N(x + att_out)
     trace_op(t, "fc wgrad", i, flops_F, bytes_F);
     matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
     trace_op(t, "norm backward", i, 0, 5 * nC);
     branch_norm_backward(a->dx_mid, a->db, a->dx, a->dh, l->h2, l->r2, n, C, s);
-    // x += att wo^T
+    // att_out = att wo^T
     trace_op(t, "wo wgrad", i, flops_C, bytes_C);
     matmul_wgrad(mm, dw->wo, matmul_operand(a->dx_mid), matmul_operand(l->att), n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
@@ -601,7 +601,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     model_update(m);
     CUDA_CHECK(cudaMemcpyAsync(m->host_step, m->step, sizeof *m->step, cudaMemcpyDeviceToHost, s));
     LoaderState at = loader_state(loader);
-    m->ready = fetch(m, loader, phase);
+    m->ready = !keep && step + 1 < plan->steps ? fetch(m, loader, phase) : -1;
     CUDA_CHECK(cudaStreamSynchronize(s));
     StepResult result = step_result(m, phase, first);
     result.at = at;
@@ -650,10 +650,10 @@ void model_logits(Model *m, const int *tokens, int count, const Phase *phase, fl
 // =============================================================================================
 // Memory: what the model takes, gives back, shows and exchanges with saves.
 
-// Tokens at once, when --micro-batch does not say: 11 C L numbers of 2 bytes a token within 28 GB,
+// Tokens at once, when --micro-batch does not say: 11 C L numbers a token within 28 GB,
 // so that an 80 GB GPU holds them beside a model of depth 24.
 int model_micro_tokens(const Config *c) {
-    double most = 28e9 / (22.0 * c->C * c->L);
+    double most = 28e9 / (11.0 * sizeof(floatX) * c->C * c->L);
     return most < 131072 ? (int)most : 131072;
 }
 
@@ -663,13 +663,22 @@ static void model_require(const Config *c) {
             "--channels %d, --heads %d: found heads of %d, expected 64 or 128 (the BF16 build's "
             "attention); choose --heads, or build with PRECISION=FP32",
             c->C, c->H, c->D);
+#ifdef PRECISION_FP32
+    if (c->D > ATTENTION_MAX_D)
+        die(EXIT_USAGE,
+            "--channels %d, --heads %d: found heads of %d, expected at most %d (the FP32 build's "
+            "attention); choose more --heads",
+            c->C, c->H, c->D, ATTENTION_MAX_D);
+#endif
 #ifdef USE_CUDNN
     cudnn_attention_check(c->T, c->doc_mask);
 #endif
 }
 
+// Waits until the bytes are there: streams of ours do not wait for the default stream's copies.
 static void upload(void *device, const void *host, size_t bytes) {
     CUDA_CHECK(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaStreamSynchronize(0));
 }
 
 static void *pinned(size_t bytes, const char *what) {

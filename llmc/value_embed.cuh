@@ -60,7 +60,8 @@ static __global__ void __launch_bounds__(VALUE_THREADS)
                                int ld) {
     constexpr int LANES = TEAM_LANES<D>, WIDTH = TEAM_WIDTH<D>;
     int size = D ? D : any_D, C = H * size, lane = threadIdx.x % LANES;
-    int team = (blockIdx.x * VALUE_THREADS + threadIdx.x) / LANES, t = team / H, head = team % H;
+    int team = blockIdx.x * (VALUE_THREADS / LANES) + threadIdx.x / LANES;
+    int t = team / H, head = team % H;
     if (t >= n) return;
     float z = 0;
     for (int c = lane; c < GATE_CHANNELS; c += LANES)
