@@ -140,12 +140,13 @@ typedef struct {
     floatX *logits;                 // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
     float *losses;                  // (n): nats of each target
     floatX *relu2, *dfc;            // (n, F)
-    floatX *dx, *dx0, *dxb;         // (n, C): gradients of the stream, of x0, of backout's branch
-    floatX *dx_mid, *db;  // (n, C): of the stream between the branches; the MLP's part of it
-    floatX *dh;           // (n, C): of a branch's normed input
-    floatX *dqkv;         // (n, 3C)
-    float *delta, *dz;    // (H, n), (n, H): of attention, of the value gates
-    void *scratch;        // partial sums of whichever kernel runs
+    floatX *dx, *dx0, *dx_middle;   // (n, C): gradients of the stream, of x0, of x_middle
+    floatX *datt_out;               // (n, C)
+    floatX *dx_mlp;                 // (n, C): what of datt_out came through the MLP
+    floatX *dh;                     // (n, C): of a branch's normed input
+    floatX *dqkv;                   // (n, 3C)
+    float *delta, *dz;              // (H, n), (n, H): of attention, of the value gates
+    void *scratch;                  // partial sums of whichever kernel runs
 } Activations;
 
 enum { HEAD_ROWS = 8192 };
@@ -190,8 +191,8 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
     PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
     PLACE(a->relu2, floatX, X, n * F), PLACE(a->dfc, floatX, X, n * F);
     PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
-    PLACE(a->dxb, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
-    PLACE(a->dx_mid, floatX, X, n * C), PLACE(a->db, floatX, X, n * C);
+    PLACE(a->dx_middle, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
+    PLACE(a->datt_out, floatX, X, n * C), PLACE(a->dx_mlp, floatX, X, n * C);
     PLACE(a->dqkv, floatX, X, n * 3 * C);
     PLACE(a->delta, float, 4, n *H), PLACE(a->dz, float, 4, n *H);
     PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
@@ -320,7 +321,7 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
         LayerActivations *l = &a->layer[i];
         int W = phase->window[i];
 
-        trace_op(t, "mix_norm", i, 0, (i ? 7 : 4) * nC);
+        trace_op(t, "mix_norm", i, 0, (i ? 7 : 3) * nC);
         mix_norm_forward(a->x, i ? l->x_in : NULL, l->h1, l->r1, stream, a->x0, w->resid_lambda + i,
                          w->x0_lambda + i, n, C, s);
         trace_op(t, "qkv", i, matmul_flops(n, C, 3 * C), matmul_bytes(n, C, 3 * C));
@@ -351,7 +352,7 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
         stream = {a->x, a->att_out, a->mlp_out};
         weights_release(m, i);
     }
-    trace_op(t, "backout_norm", -1, 0, 5 * nC);
+    trace_op(t, "backout_norm", -1, 0, (x_middle(a, c) ? 5 : 4) * nC);
     backout_norm_forward(a->hf, a->rf, stream, x_middle(a, c), w->backout_lambda, n, C, s);
     trace_end(t);
 }
@@ -430,12 +431,12 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
     trace_op(t, "norm backward", i, 0, 5 * nC);
-    branch_norm_backward(a->dx_mid, a->db, a->dx, a->dh, l->h2, l->r2, n, C, s);
+    residual_norm_backward(a->datt_out, a->dx_mlp, a->dx, a->dh, l->h2, l->r2, n, C, s);
     // att_out = att wo^T
     trace_op(t, "wo wgrad", i, flops_C, bytes_C);
-    matmul_wgrad(mm, dw->wo, matmul_operand(a->dx_mid), matmul_operand(l->att), n, C, C, s);
+    matmul_wgrad(mm, dw->wo, matmul_operand(a->datt_out), matmul_operand(l->att), n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
-    matmul_dgrad(mm, a->dh, matmul_operand(a->dx_mid), matmul_operand(w->wo), store, n, C, C, s);
+    matmul_dgrad(mm, a->dh, matmul_operand(a->datt_out), matmul_operand(w->wo), store, n, C, C, s);
     trace_op(t, "attention backward", i, attention_flops(n, b->T, C, W, 5), 8 * nC);
     attend_backward(m, b, l, W);
     // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
@@ -457,8 +458,8 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
         value_gate_backward(dw->ve_gate, a->dh, a->dz, l->h1, w->ve_gate, a->scratch, n, H, C, s);
     }
     // h1 = N(x), x = resid_lambda x_in + x0_lambda x0
-    trace_op(t, "mix_norm backward", i, 0, 9 * nC);
-    mix_norm_backward(a->dx, a->dx0, m->dw.resid_lambda + i, m->dw.x0_lambda + i, a->db, a->dh,
+    trace_op(t, "mix_norm backward", i, 0, (i ? 9 : 8) * nC);
+    mix_norm_backward(a->dx, a->dx0, m->dw.resid_lambda + i, m->dw.x0_lambda + i, a->dx_mlp, a->dh,
                       l->h1, l->r1, l->x_in, a->x0, m->w.resid_lambda + i, m->w.x0_lambda + i,
                       a->scratch, n, C, s);
     trace_end(t);
@@ -488,12 +489,12 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, b
     double nC = (double)sizeof(floatX) * n * C;
     bool backout = config_has_backout(c);
 
-    trace_op(t, "backout_norm backward", -1, 0, 5 * nC);
-    backout_norm_backward(a->dx, a->dxb, m->dw.backout_lambda, a->dh, a->hf, a->rf, x_middle(a, c),
-                          m->w.backout_lambda, a->scratch, n, C, s);
+    trace_op(t, "backout_norm backward", -1, 0, (backout ? 5 : 3) * nC);
+    backout_norm_backward(a->dx, a->dx_middle, m->dw.backout_lambda, a->dh, a->hf, a->rf,
+                          x_middle(a, c), m->w.backout_lambda, a->scratch, n, C, s);
     CUDA_CHECK(cudaMemsetAsync(a->dx0, 0, (size_t)n * C * sizeof(floatX), s));
     for (int i = L - 1; i >= 0; i--) {
-        if (backout && i == L / 2) add_forward(a->dx, a->dxb, (size_t)n * C, s);
+        if (backout && i == L / 2) add_forward(a->dx, a->dx_middle, (size_t)n * C, s);
         layer_backward(m, b, phase, i);
         if (last) block_is_final(m, 1 + i);
     }

@@ -1,36 +1,46 @@
-// residual.cuh: the residual stream: its sums, each in one pass with the norm beside it.
+// residual.cuh: the sums of the residual stream, each in one pass with the norm that reads it.
 //
-//     mix_norm:       x_in = x + a + b,  x = lambda x_in + lambda0 x0,  h = N(x)    a layer's start
-//     residual_norm:  h = N(x + a + b)                                     behind its attention
-//     backout_norm:   hf = N(x + a + b - lambda x_middle)                  the head's input
+//     mix_norm:       x_in = S,  x = lambda x_in + lambda0 x0,  h = N(x)     before attention
+//     residual_norm:  h = N(S)                                               before the MLP
+//     backout_norm:   hf = N(S - lambda x_middle)                            before the head
 //     add:            y += x
 //
-// Backward of residual_norm, dx being the gradient of the layer's output:
-//     db = r (dh - h mean(dh h)),   dx_mid = dx + db
-// Backward of mix_norm, d being the gradient of x, from the layer's output, db and h:
-//     d = dx + db + r (dh - h mean(dh h)),   dlambda += <d, x_in>,   dlambda0 += <d, x0>,
-//     dx0 += lambda0 d,   dx = lambda d
-// Backward of backout_norm:
-//     dx = r (dhf - hf mean(dhf hf)),   dlambda -= <dx, x_middle>,   dxb = -lambda dx
+// S is the stream at that place, handed over as an unfinished sum, Residual {x, a, b}: x is what
+// mix_norm made last (x0 before the first layer), a and b what attention and MLP add to it; S is
+// x + a before the MLP, and x + a + b behind a layer.
+//
+// Backward of backout_norm. dx is the gradient of what leaves the last layer:
+//     dx = r (dhf - hf mean(dhf hf)),   dlambda -= <dx, x_middle>,   dx_middle = -lambda dx
+// Backward of residual_norm. dx, the gradient of what leaves the layer, x + a + b, reaches x + a
+// directly and through the MLP; the two ways together are the gradient of a:
+//     dx_mlp = r (dh - h mean(dh h)),   da = dx + dx_mlp
+// Backward of mix_norm. Its x has a third way, through attention; d is all of its gradient:
+//     d = dx + dx_mlp + r (dh - h mean(dh h)),   dlambda += <d, x_in>,   dlambda0 += <d, x0>,
+//     dx0 += lambda0 d,   dx = lambda d, the gradient of what enters the layer
 //
 // Tensors are (n, C), r is (n), lambdas are FP32 on the device, and so are their gradients. All of
 // it is FP32 in registers, rounded only where it is stored: h is the norm of the x before rounding.
-// Moved per token, of floatX: mix_norm 7C, backward 9C; residual_norm 3C, 4C with b, backward 5C;
-// backout_norm 5C, backward 5C; add 3C. Each input or output that is NULL saves C.
+// Moved per token, of floatX, forward and backward:
+//     mix_norm 7C, 9C; in the first layer, where S and x_in are x0, 3C, 8C
+//     residual_norm 3C, 5C
+//     backout_norm 5C, 5C; without x_middle 4C, 3C
+//     add 3C
 #ifndef LLMC_RESIDUAL_CUH
 #define LLMC_RESIDUAL_CUH
 
 #include "llmc/channels.cuh"  // Channels, channels_load, token_launch, tokens_add_sums
 #include "llmc/rmsnorm.cuh"   // norm_factor, norm_backward_token, norm_backward
 
-// The residual stream as an unfinished sum x + a + b: what the layer began from and what attention
-// and MLP add. Were a branch added to a BF16 x, one smaller than half an ulp of x, as all are when
-// training begins, would round away: x lies on the grid already, so each layer would lose it. The
-// sum is made in FP32 and rounded once a layer, behind the lambda, where errors have no direction.
+// The stream as an unfinished sum x + a + b. x lies on BF16's grid, so that x + a, rounded, is x
+// again wherever a is below half an ulp of x: when training begins every branch is, and each layer
+// would swallow both of its own. So the sum is made in FP32 by each kernel that reads it, and
+// rounded once a layer, behind lambda, where the errors have no direction. In a model of depth 4
+// whose forward was rounded to BF16, that brought the error of the loss at step 11 from 2e-2 to
+// 3e-3 (docs/measurements.md). dx and dx_mlp are kept apart for the same reason: 3e-3 to 4e-4.
 typedef struct {
     const floatX *x;  // (n, C)
-    const floatX *a;  // (n, C), or NULL: nothing has been added yet
-    const floatX *b;  // (n, C), or NULL
+    const floatX *a;  // (n, C), what attention adds, or NULL: nothing yet
+    const floatX *b;  // (n, C), what the MLP adds, or NULL
 } Residual;
 
 // x + a + b of the token whose channels begin at `at`.
@@ -72,7 +82,7 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
 }
 
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    mix_norm_backward_kernel(floatX *dx, floatX *dx0, double *part, const floatX *db,
+    mix_norm_backward_kernel(floatX *dx, floatX *dx0, double *part, const floatX *dx_mlp,
                              const floatX *dh, const floatX *h, const float *r, const floatX *x_in,
                              const floatX *x0, const float *lambda, const float *lambda0, int n,
                              int C) {
@@ -80,13 +90,13 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
     double dl = 0, dl0 = 0;
     for (int t = token_first(); t < n; t += token_step()) {
         size_t at = (size_t)t * C;
-        Channels d, b, g, v, in, in0, d0;
+        Channels d, mlp, g, v, in, in0, d0;
         channels_load(g, dh + at, C);
         channels_load(v, h + at, C);
         channels_load(d, dx + at, C);
-        channels_load(b, db + at, C);
+        channels_load(mlp, dx_mlp + at, C);
 #pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) d[i] += b[i];
+        for (int i = 0; i < CHANNELS_HELD; i++) d[i] += mlp[i];
         norm_backward_token(d, g, v, r[t], C);
         // Loaded only now: held across the sum, these three would spill in FP32.
         channels_load(in, x_in + at, C);
@@ -102,52 +112,44 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
     tokens_leave_sum(part + gridDim.x, dl0);
 }
 
+// h = N(S - lambda x_middle); x_middle NULL: N(S), of residual_norm and of a model without backout.
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    residual_norm_forward_kernel(floatX *h, float *r, Residual sum, int n, int C) {
+    sum_norm_forward_kernel(floatX *h, float *r, Residual sum, const floatX *x_middle,
+                            const float *lambda, int n, int C) {
+    float l = x_middle ? *lambda : 0;
     for (int t = token_first(); t < n; t += token_step()) {
-        Channels v;
-        residual_load(v, sum, (size_t)t * C, C);
+        size_t at = (size_t)t * C;
+        Channels v, middle;
+        residual_load(v, sum, at, C);
+        channels_load(middle, x_middle + at, x_middle ? C : 0);
+#pragma unroll
+        for (int i = 0; i < CHANNELS_HELD; i++) v[i] -= l * middle[i];
         residual_norm_token(h, r, v, t, C);
     }
 }
 
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    branch_norm_backward_kernel(floatX *dx_mid, floatX *db, const floatX *dx, const floatX *dh,
-                                const floatX *h, const float *r, int n, int C) {
+    residual_norm_backward_kernel(floatX *da, floatX *dx_mlp, const floatX *dx, const floatX *dh,
+                                  const floatX *h, const float *r, int n, int C) {
     for (int t = token_first(); t < n; t += token_step()) {
         size_t at = (size_t)t * C;
-        Channels b = {}, d, g, v;
+        Channels mlp = {}, d, g, v;
         channels_load(g, dh + at, C);
         channels_load(v, h + at, C);
         channels_load(d, dx + at, C);
-        norm_backward_token(b, g, v, r[t], C);
-        channels_store(db + at, b, C);
+        norm_backward_token(mlp, g, v, r[t], C);
+        channels_store(dx_mlp + at, mlp, C);
 #pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) d[i] += b[i];
-        channels_store(dx_mid + at, d, C);
+        for (int i = 0; i < CHANNELS_HELD; i++) d[i] += mlp[i];
+        channels_store(da + at, d, C);
     }
 }
 
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    backout_norm_forward_kernel(floatX *hf, float *rf, Residual sum, const floatX *x_middle,
-                                const float *lambda, int n, int C) {
-    float l = *lambda;
-    for (int t = token_first(); t < n; t += token_step()) {
-        size_t at = (size_t)t * C;
-        Channels v, middle;
-        residual_load(v, sum, at, C);
-        channels_load(middle, x_middle + at, C);
-#pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) v[i] -= l * middle[i];
-        residual_norm_token(hf, rf, v, t, C);
-    }
-}
-
-static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    backout_norm_backward_kernel(floatX *dx, floatX *dxb, double *part, const floatX *dhf,
+    backout_norm_backward_kernel(floatX *dx, floatX *dx_middle, double *part, const floatX *dhf,
                                  const floatX *hf, const float *rf, const floatX *x_middle,
                                  const float *lambda, int n, int C) {
-    float a = *lambda;
+    float l = *lambda;
     double sum = 0;
     for (int t = token_first(); t < n; t += token_step()) {
         size_t at = (size_t)t * C;
@@ -159,8 +161,8 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
         sum -= channels_dot(d, middle);
         channels_store(dx + at, d, C);
 #pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) d[i] *= -a;
-        channels_store(dxb + at, d, C);
+        for (int i = 0; i < CHANNELS_HELD; i++) d[i] *= -l;
+        channels_store(dx_middle + at, d, C);
     }
     tokens_leave_sum(part, sum);
 }
@@ -181,7 +183,8 @@ static __global__ void add_forward_kernel(floatX *y, const floatX *x, size_t cou
 
 constexpr int RESIDUAL_REPEATS = 8;  // few blocks leave few parts of sums
 
-// Bytes of scratch that either backward needs: two sums a block.
+// Bytes of scratch for the gradients of lambdas, in mix_norm_backward and backout_norm_backward:
+// at most two sums a block.
 static inline size_t residual_scratch_bytes(int n, int C) {
     return 2 * sizeof(double) * token_launch(n, C, RESIDUAL_REPEATS).grid.x;
 }
@@ -202,11 +205,11 @@ static inline void mix_norm_forward(floatX *x,             // (n, C), may be sum
 }
 
 static inline void
-mix_norm_backward(floatX *dx,            // (n, C), of the layer's output; on return of x_in
+mix_norm_backward(floatX *dx,            // (n, C), of what leaves the layer; on return of x_in
                   floatX *dx0,           // (n, C), added to
                   float *dlambda,        // (1), added to
                   float *dlambda0,       // (1), added to
-                  const floatX *db,      // (n, C), of branch_norm_backward
+                  const floatX *dx_mlp,  // (n, C), of residual_norm_backward
                   const floatX *dh,      // (n, C)
                   const floatX *h,       // (n, C), forward's output
                   const float *r,        // (n)
@@ -218,48 +221,44 @@ mix_norm_backward(floatX *dx,            // (n, C), of the layer's output; on re
                   int n, int C, cudaStream_t stream) {
     TokenLaunch l = token_launch(n, C, RESIDUAL_REPEATS);
     double *part = (double *)scratch;
-    mix_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dx0, part, db, dh, h, r, x_in, x0,
-                                                             lambda, lambda0, n, C);
+    mix_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dx0, part, dx_mlp, dh, h, r, x_in,
+                                                             x0, lambda, lambda0, n, C);
     CUDA_LAUNCHED();
     tokens_add_sums(dlambda, 1, dlambda0, part, (int)l.grid.x, stream);
 }
 
-static inline void residual_norm_forward(floatX *h,  // (n, C)
-                                         float *r,   // (n), kept for backward
-                                         Residual sum, int n, int C, cudaStream_t stream) {
-    TokenLaunch l = token_launch(n, C, 2);
-    residual_norm_forward_kernel<<<l.grid, l.block, 0, stream>>>(h, r, sum, n, C);
-    CUDA_LAUNCHED();
-}
-
-// db is the MLP's part of the gradient, kept apart from dx for the reason that Residual has.
-static inline void branch_norm_backward(floatX *dx_mid,    // (n, C), of x + a
-                                        floatX *db,        // (n, C)
-                                        const floatX *dx,  // (n, C), of the layer's output
-                                        const floatX *dh,  // (n, C)
-                                        const floatX *h,   // (n, C), forward's output
-                                        const float *r,    // (n)
-                                        int n, int C, cudaStream_t stream) {
-    TokenLaunch l = token_launch(n, C, 2);
-    branch_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx_mid, db, dx, dh, h, r, n, C);
-    CUDA_LAUNCHED();
-}
-
 static inline void backout_norm_forward(floatX *hf,              // (n, C)
                                         float *rf,               // (n), kept for backward
-                                        Residual sum,            // what the last layer leaves
+                                        Residual sum,            // what leaves the last layer
                                         const floatX *x_middle,  // (n, C), or NULL: no backout
-                                        const float *lambda,     // (1)
+                                        const float *lambda,     // (1), or NULL with x_middle
                                         int n, int C, cudaStream_t stream) {
-    if (!x_middle) return residual_norm_forward(hf, rf, sum, n, C, stream);
     TokenLaunch l = token_launch(n, C, 2);
-    backout_norm_forward_kernel<<<l.grid, l.block, 0, stream>>>(hf, rf, sum, x_middle, lambda, n,
-                                                                C);
+    sum_norm_forward_kernel<<<l.grid, l.block, 0, stream>>>(hf, rf, sum, x_middle, lambda, n, C);
     CUDA_LAUNCHED();
 }
 
-static inline void backout_norm_backward(floatX *dx,              // (n, C)
-                                         floatX *dxb,             // (n, C)
+static inline void residual_norm_forward(floatX *h,     // (n, C)
+                                         float *r,      // (n), kept for backward
+                                         Residual sum,  // x + a; its b is NULL
+                                         int n, int C, cudaStream_t stream) {
+    backout_norm_forward(h, r, sum, NULL, NULL, n, C, stream);
+}
+
+static inline void residual_norm_backward(floatX *da,        // (n, C), of a, and of x + a
+                                          floatX *dx_mlp,    // (n, C), what came through the MLP
+                                          const floatX *dx,  // (n, C), of what leaves the layer
+                                          const floatX *dh,  // (n, C)
+                                          const floatX *h,   // (n, C), forward's output
+                                          const float *r,    // (n)
+                                          int n, int C, cudaStream_t stream) {
+    TokenLaunch l = token_launch(n, C, 2);
+    residual_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(da, dx_mlp, dx, dh, h, r, n, C);
+    CUDA_LAUNCHED();
+}
+
+static inline void backout_norm_backward(floatX *dx,              // (n, C), of S
+                                         floatX *dx_middle,       // (n, C), or NULL with x_middle
                                          float *dlambda,          // (1), added to
                                          const floatX *dhf,       // (n, C)
                                          const floatX *hf,        // (n, C), forward's output
@@ -271,7 +270,7 @@ static inline void backout_norm_backward(floatX *dx,              // (n, C)
     if (!x_middle) return norm_backward(dx, dhf, hf, rf, n, C, stream);
     TokenLaunch l = token_launch(n, C, RESIDUAL_REPEATS);
     double *part = (double *)scratch;
-    backout_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dxb, part, dhf, hf, rf,
+    backout_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dx_middle, part, dhf, hf, rf,
                                                                  x_middle, lambda, n, C);
     CUDA_LAUNCHED();
     tokens_add_sums(dlambda, 1, NULL, part, (int)l.grid.x, stream);

@@ -59,7 +59,7 @@ static void check_mix_backward(int n, int C, bool one_buffer) {
     GpuArray<floatX> x0 = one_buffer ? x_in : gpu_normal<floatX>("x0", nC, 1);
     GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
     GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1), dx0 = gpu_normal<floatX>("dx0", nC, 1);
-    GpuArray<floatX> db = gpu_normal<floatX>("db", nC, 1);
+    GpuArray<floatX> dx_mlp = gpu_normal<floatX>("dx_mlp", nC, 1);
     GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<float> l0 = gpu_copy<float>("lambda0", &lambda0, 1);
@@ -69,13 +69,14 @@ static void check_mix_backward(int n, int C, bool one_buffer) {
 
     float *d = gpu_expected(nC), *d0 = gpu_expected(nC), dlambda = before, dlambda0 = before;
     memcpy(d, dx.host, nC * sizeof *d), memcpy(d0, dx0.host, nC * sizeof *d0);
-    cpu::add_forward(d, db.host, (int64_t)nC);
+    cpu::add_forward(d, dx_mlp.host, (int64_t)nC);
     cpu::norm_backward(d, dh.host, h.host, r.host, n, C, true);
     float size = sum_of_sizes(d, x_in.host, nC), size0 = sum_of_sizes(d, x0.host, nC);
     cpu::mix_backward(d, d0, &dlambda, &dlambda0, d, x_in.host, x0.host, lambda, lambda0,
                       gpu_expected<double>(n), n, C);
-    mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, db.device, dh.device, h.device,
-                      r.device, x_in.device, x0.device, l.device, l0.device, scratch, n, C, 0);
+    mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dx_mlp.device, dh.device,
+                      h.device, r.device, x_in.device, x0.device, l.device, l0.device, scratch, n,
+                      C, 0);
     char shape[80];
     snprintf(shape, sizeof shape, "n %d, C %d, one buffer %d", n, C, one_buffer);
     gpu_compare(dx, d, n, C, "%s", shape);
@@ -103,27 +104,27 @@ static void check_residual_forward(int n, int C, int parts) {
     gpu_end_case();
 }
 
-static void check_branch_backward(int n, int C) {
+static void check_residual_backward(int n, int C) {
     size_t nC = (size_t)n * C;
     GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
     GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1);
     GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
-    GpuArray<floatX> dx_mid = gpu_poisoned<floatX>("dx_mid", nC);
-    GpuArray<floatX> db = gpu_poisoned<floatX>("db", nC);
-    float *mid_expected = gpu_expected(nC), *b_expected = gpu_expected(nC);
-    branch_norm_backward(dx_mid.device, db.device, dx.device, dh.device, h.device, r.device, n, C,
-                         0);
-    cpu::norm_backward(b_expected, dh.host, h.host, r.host, n, C, false);
-    memcpy(mid_expected, b_expected, nC * sizeof *mid_expected);
-    cpu::add_forward(mid_expected, dx.host, (int64_t)nC);
-    gpu_compare(db, b_expected, n, C, "n %d, C %d", n, C);
-    gpu_compare(dx_mid, mid_expected, n, C, "n %d, C %d", n, C);
+    GpuArray<floatX> da = gpu_poisoned<floatX>("da", nC);
+    GpuArray<floatX> dx_mlp = gpu_poisoned<floatX>("dx_mlp", nC);
+    float *da_expected = gpu_expected(nC), *mlp_expected = gpu_expected(nC);
+    residual_norm_backward(da.device, dx_mlp.device, dx.device, dh.device, h.device, r.device, n, C,
+                           0);
+    cpu::norm_backward(mlp_expected, dh.host, h.host, r.host, n, C, false);
+    memcpy(da_expected, mlp_expected, nC * sizeof *da_expected);
+    cpu::add_forward(da_expected, dx.host, (int64_t)nC);
+    gpu_compare(dx_mlp, mlp_expected, n, C, "n %d, C %d", n, C);
+    gpu_compare(da, da_expected, n, C, "n %d, C %d", n, C);
     gpu_end_case();
 }
 
 static void check_residual(int n, int C) {
     for (int parts : {1, 2, 3}) check_residual_forward(n, C, parts);
-    check_branch_backward(n, C);
+    check_residual_backward(n, C);
 }
 
 // has: there is an x_middle.
@@ -151,20 +152,23 @@ static void check_backout_backward(int n, int C, bool has) {
     GpuArray<float> rf = gpu_random<float>("rf", n, 0.5, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
-    GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", nC), dxb = gpu_poisoned<floatX>("dxb", nC);
+    GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", nC);
+    GpuArray<floatX> dx_middle = gpu_poisoned<floatX>("dx_middle", nC);
     void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
 
-    float *d = gpu_expected(nC), *db = gpu_expected(nC), dlambda = before;
+    float *d = gpu_expected(nC), *d_middle = gpu_expected(nC), dlambda = before;
     cpu::norm_backward(d, dhf.host, hf.host, rf.host, n, C, false);
     float size = has ? sum_of_sizes(d, middle.host, nC) : 0;
     if (has)
-        cpu::backout_backward(db, &dlambda, d, middle.host, lambda, gpu_expected<double>(n), n, C);
-    backout_norm_backward(dx.device, has ? dxb.device : NULL, dl.device, dhf.device, hf.device,
-                          rf.device, has ? middle.device : NULL, l.device, scratch, n, C, 0);
+        cpu::backout_backward(d_middle, &dlambda, d, middle.host, lambda, gpu_expected<double>(n),
+                              n, C);
+    backout_norm_backward(dx.device, has ? dx_middle.device : NULL, dl.device, dhf.device,
+                          hf.device, rf.device, has ? middle.device : NULL, l.device, scratch, n, C,
+                          0);
     char shape[80];
     snprintf(shape, sizeof shape, "n %d, C %d, backout %d", n, C, has);
     gpu_compare(dx, d, n, C, "%s", shape);
-    if (has) gpu_compare(dxb, db, n, C, "%s", shape);
+    if (has) gpu_compare(dx_middle, d_middle, n, C, "%s", shape);
     gpu_compare_sums(dl, &dlambda, &size, 1, shape);
     gpu_end_case();
 }
@@ -269,8 +273,8 @@ static void lines(int n, int C) {
     });
     bench("residual_norm_forward", n, C, 3,
           [=] { residual_norm_forward(a[3], r, first, n, C, 0); });
-    bench("branch_norm_backward", n, C, 5,
-          [=] { branch_norm_backward(a[0], a[1], a[2], a[3], a[4], r, n, C, 0); });
+    bench("residual_norm_backward", n, C, 5,
+          [=] { residual_norm_backward(a[0], a[1], a[2], a[3], a[4], r, n, C, 0); });
     bench("backout_norm_forward", n, C, 5,
           [=] { backout_norm_forward(a[3], r, sum, a[4], l, n, C, 0); });
     bench("backout_norm_backward", n, C, 5,
