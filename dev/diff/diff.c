@@ -39,8 +39,8 @@ typedef struct {
     int steps, updates, top;
     bool dumps, sketch;
     const char *from, *keep, *precision;
-    double loss_tol, mean_tol, dump_loss_tol, logits_tol, grad_tol,
-        updated_tol;  // < 0: by precision
+    // Tolerances, < 0: by precision.
+    double loss_tol, mean_tol, dump_loss_tol, logits_tol, grad_tol, updated_tol;
     Side side[2];
     int sides;
     char folder[IO_PATH_MAX];  // --keep, or a temporary one
@@ -256,7 +256,7 @@ static void compare_tensors(Diff *d, Part part, const char *title, const char *w
     Tolerances t = tolerances(d, &each, &mean);
     TensorRows rows =
         tensors_compare(part_file(d, &d->side[1], part), part_file(d, &d->side[0], part), &t);
-    tensors_print(&rows, d->top);
+    tensors_print(&rows, d->top, part == PART_TEST || part == PART_DUMP);
     d->tensors += rows.count, d->tensors_failed += rows.failed;
     if (rows.count) note_worst(d, rows.row[rows.worst].part, rows.row[rows.worst].name, where);
     free(rows.row);
@@ -359,15 +359,17 @@ static void parse(Diff *d, int argc, char **argv) {
          1000, false},
         {"from", ARG_STRING, &d->from, "", "save to resume from; none: that behind --steps", 0, 0,
          false},
-        {"top", ARG_INT, &d->top, "0", "tensors listed in a table; 0: all", 0, 1 << 30, false},
+        {"top", ARG_INT, &d->top, "-1",
+         "tensors listed in each table; 0: all; -1: 5, but of the first gradients all", -1, 1 << 30,
+         false},
         {"sketch", ARG_BOOL, &d->sketch, "0", "1: dumps are sketches, small enough to record", 0, 0,
          false},
         {"keep", ARG_STRING, &d->keep, "", "folder for all files made; a program alone is recorded",
          0, 0, false},
         {"precision", ARG_STRING, &d->precision, "auto", "fp32 or bf16: the tolerances below", 0, 0,
          false},
-        {"loss-tol", ARG_DOUBLE, &d->loss_tol, "-1", "of each loss; fp32 1e-3, bf16 0.03", -1, 1e9,
-         false},
+        {"loss-tol", ARG_DOUBLE, &d->loss_tol, "-1",
+         "of each loss; -1, here and below: fp32 1e-3, bf16 0.03", -1, 1e9, false},
         {"mean-tol", ARG_DOUBLE, &d->mean_tol, "-1",
          "of the mean over the last half; fp32 1e-3, bf16 0.005", -1, 1e9, false},
         {"dump-loss-tol", ARG_DOUBLE, &d->dump_loss_tol, "-1",
@@ -383,7 +385,8 @@ static void parse(Diff *d, int argc, char **argv) {
                "diff REFERENCE OTHER [--flag value]... [-- trainer's flags]", argc, argv);
     flags_choice("precision", d->precision, "auto fp32 bf16");
     if (d->paths.count != 2 && !(d->paths.count == 1 && *d->keep))
-        die(EXIT_USAGE, "found %d sides, expected two (or one, to --keep): see --help",
+        die(EXIT_USAGE,
+            "expected a reference and another side (or one, to --keep), found %d; see --help",
             d->paths.count);
 }
 
@@ -402,8 +405,10 @@ static int verdict(const Diff *d) {
     else
         printf("\nTOO FAR: %d of %d losses and %d of %d tensors; ", d->losses_failed, d->losses,
                d->tensors_failed, d->tensors);
-    if (d->worst > 0)
-        printf("worst: %s, %.3g of what is allowed\n", d->worst_name, d->worst);
+    if (isinf(d->worst))
+        printf("worst: %s, see there\n", d->worst_name);
+    else if (d->worst > 0)
+        printf("worst: %s, %.3g%% of what is allowed\n", d->worst_name, 100 * d->worst);
     else
         printf("no difference at all\n");
     return ok ? EXIT_OK : EXIT_INTERNAL;

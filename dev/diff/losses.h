@@ -29,7 +29,7 @@ typedef struct {
 } Losses;
 
 typedef struct {
-    int count, failed;    // losses compared, those past their limit; the mean is one of them
+    int count, failed;    // losses compared; those past their limit, and the mean when it is
     double worst;         // largest difference as a part of what is allowed
     char worst_name[48];  // where
 } LossVerdict;
@@ -84,7 +84,7 @@ static inline Losses losses_read(const char *path, int64_t steps) {
 static inline const char *losses_judge(LossVerdict *v, const char *what, int64_t step, double d,
                                        double allowed) {
     double part = allowed > 0 ? fabs(d) / allowed : d == 0 ? 0 : INFINITY;
-    v->count++, v->failed += !(part <= 1);
+    v->failed += !(part <= 1);
     if (!(part <= v->worst)) {
         v->worst = isnan(part) ? INFINITY : part;
         snprintf(v->worst_name, sizeof v->worst_name, "%s %lld", what, (long long)step);
@@ -92,12 +92,15 @@ static inline const char *losses_judge(LossVerdict *v, const char *what, int64_t
     return part <= 1 ? "ok" : "TOO FAR";
 }
 
-static inline void losses_print(int64_t step, const char *what, double reference, double other,
-                                const char *verdict) {
+// One line; `what` is what the step's number stands for in the verdict, `note` ends the line.
+static inline void losses_print(LossVerdict *v, const char *what, int64_t step, double reference,
+                                double other, double allowed, const char *note) {
     char difference[24] = "0";  // not a bit
     if (other != reference) snprintf(difference, sizeof difference, "%+.1e", other - reference);
-    printf("  %6lld  %-10s %12.6f %12.6f  %10s  %s\n", (long long)step, what, reference, other,
-           difference, verdict);
+    const char *judged = losses_judge(v, what, step, other - reference, allowed);
+    v->count++;
+    printf("  %6lld %12.6f %12.6f  %10s  %s%s\n", (long long)step, reference, other, difference,
+           judged, note);
 }
 
 // Compares `other` with the reference over the steps that both have, and prints it.
@@ -106,24 +109,24 @@ static inline LossVerdict losses_compare(const Losses *other, const Losses *refe
     LossVerdict v = {0, 0, -1, ""};
     double *apart = (double *)die_alloc((size_t)other->count, sizeof *apart, "differences");
     int steps = 0;
-    printf("  %6s  %-10s %12s %12s  %10s\n", "step", "", "reference", "other", "difference");
+    printf("  %6s %12s %12s  %10s\n", "step", "reference", "other", "difference");
     for (int i = 0, k = 0; i < other->count && k < reference->count;) {
         const LossRow *x = &other->row[i], *y = &reference->row[k];
         i += x->step <= y->step, k += y->step <= x->step;
         if (x->step != y->step) continue;
         double d = x->loss - y->loss, val = x->val_loss - y->val_loss;
         if (!isnan(val))
-            losses_print(x->step, "validation", y->val_loss, x->val_loss,
-                         losses_judge(&v, "validation at step", x->step, val, each));
+            losses_print(&v, "validation at step", x->step, y->val_loss, x->val_loss, each,
+                         "  validation");
         if (isnan(d)) continue;
-        losses_print(x->step, "", y->loss, x->loss, losses_judge(&v, "step", x->step, d, each));
+        losses_print(&v, "step", x->step, y->loss, x->loss, each, "");
         apart[steps++] = fabs(d);
     }
     double sum = 0;
     int half = (steps + 1) / 2;  // of the steps, the last
     for (int i = steps - half; i < steps; i++) sum += apart[i];
     if (half)
-        printf("  mean |difference| of the last %d steps: %.2e, allowed %g  %s\n", half, sum / half,
+        printf("  mean |difference| of the last %d steps: %.1e, allowed %g  %s\n", half, sum / half,
                mean,
                losses_judge(&v, "the mean of the steps from", steps - half, sum / half, mean));
     free(apart);

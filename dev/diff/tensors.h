@@ -257,33 +257,47 @@ static inline TensorRows tensors_compare(const char *path_a, const char *path_b,
     return rows;
 }
 
+// The error and its part of what is allowed; an error of not a bit is a plain 0.
+static inline void tensor_print_error(const TensorRow *x) {
+    char error[24] = "0", part[24] = "0";
+    if (x->error != 0) snprintf(error, sizeof error, "%.2e", x->error);
+    if (x->part != 0) snprintf(part, sizeof part, "%.2f%%", 100 * x->part);
+    printf(" %9.2e %9s %9.2e %11s", x->norm, error, x->allowed, isfinite(x->part) ? part : "");
+}
+
 // The rows of a group: up to `top` of them (0: all), those past their limit always; not what went
 // into the step and is equal.
 static inline void tensors_print_group(const TensorRows *rows, TensorGroup group, int top) {
-    static const char *const title[OF_GROUPS] = {"the step", "gradient of", "updated parameter"};
+    static const char *const title[OF_GROUPS] = {"result", "gradient of", "updated parameter"};
     int shown = 0, left_out = 0;
+    double most = 0;  // the largest part of those left out
     for (int i = 0; i < rows->count; i++) {
         const TensorRow *x = &rows->row[i];
         bool bad = !(x->part <= 1);
         if (x->group != group || (!bad && tensor_is_given(x->name))) continue;
         if (top && shown >= top && !bad) {
-            left_out++;
+            left_out++, most = fmax(most, x->part);
             continue;
         }
         if (!shown++)
-            printf("  %-26s %11s %11s %11s %11s\n", title[group], "norm", "error", "allowed",
+            printf("  %-26s %9s %9s %9s %11s\n", title[group], "norm", "error", "allowed",
                    "of allowed");
         const char *dot = group == OF_STEP ? NULL : strchr(x->name, '.');
         bool prefix = tensor_starts(x->name, "grad.") || tensor_starts(x->name, "updated.");
-        printf("    %-24s %11.4e %11.4e %11.4e %11.4f%s%s%s\n", prefix ? dot + 1 : x->name, x->norm,
-               x->error, x->allowed, x->part, bad ? "  TOO FAR" : "", *x->note ? "  " : "",
-               x->note);
+        printf("    %-24s", prefix ? dot + 1 : x->name);
+        tensor_print_error(x);
+        printf("%s%s%s\n", bad ? "  TOO FAR" : "", *x->note ? "  " : "", x->note);
     }
-    if (left_out) printf("    ... and %d with smaller parts\n", left_out);
+    if (left_out) printf("    ... and %d more, each at most %.2f%%\n", left_out, 100 * most);
 }
 
-static inline void tensors_print(const TensorRows *rows, int top) {
-    for (TensorGroup g = OF_STEP; g < OF_GROUPS; g++) tensors_print_group(rows, g, top);
+// top < 0: as many as read well, but of the gradients all if all_gradients says so.
+static inline void tensors_print(const TensorRows *rows, int top, bool all_gradients) {
+    enum { READS_WELL = 5 };
+    for (TensorGroup g = OF_STEP; g < OF_GROUPS; g++) {
+        bool all = g == OF_GRADIENTS && all_gradients;
+        tensors_print_group(rows, g, top >= 0 ? top : all ? 0 : READS_WELL);
+    }
     printf("  %d tensors, %llu numbers compared", rows->count, (unsigned long long)rows->numbers);
     printf(rows->given ? "; %d of the tensors go into the step, and are equal\n" : "\n",
            rows->given);
