@@ -52,7 +52,8 @@ nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $< $(filter %.o
 
 PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram diff)
 TESTS      = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
-GPU_HERE   = $(if $(wildcard /dev/nvidia0),need-cuda)
+GPU_HERE   = $(or $(wildcard /dev/nvidia[0-9]*),$(GPU_ARCH))
+for_gpu    = $(if $(GPU_HERE),$(if $(CUDA),$(1),need-cuda))
 GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
              $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu))))
 
@@ -141,25 +142,27 @@ test-asan:
 test-mutations: $(BUILD)/test/mutate
 	@CC="$(CC)" BUILD=$(BUILD) $(BUILD)/test/mutate dev/test/mutations.txt "$(ALL_CFLAGS)" "$(LDLIBS)"
 
-# The tests that need a GPU, built; and run, both precisions. GRID=small: a few small shapes of each.
+# The tests that need a GPU, built; and run, both precisions, where there is one. GRID=small: a few
+# small shapes of each.
 gpu-tests: $(if $(CUDA),$(GPU_TESTS),need-cuda)
-test-gpu: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
-	@dev/test/gpu/run.sh $(if $(CUDA),$(GPU_TESTS))
+test-gpu: $(call for_gpu,$(GPU_TESTS))
+	@dev/test/gpu/run.sh $(call for_gpu,$(GPU_TESTS))
 
 # The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
-sanitize: $(if $(CUDA),$(GPU_TESTS),$(GPU_HERE))
-	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(if $(CUDA),$(filter-out %_cudnn_attention,$(GPU_TESTS)))
+sanitize: $(call for_gpu,$(GPU_TESTS))
+	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(call for_gpu,$(filter-out %_cudnn_attention,$(GPU_TESTS)))
 
-# Two trainers on the same seed and data: losses, then gradients, logits and updated parameters, worst
+# Two trainers on the same seed and data: losses, then logits, gradients and updated parameters, worst
 # first. A, B: programs, folders of runs or dumps; DIFF: flags of build/diff, behind -- the trainers'.
 A ?= $(BUILD)/train_gpt2
-B ?= $(if $(CUDA),$(BUILD)/train_gpt2cu_fp32,$(BUILD)/train_gpt2)
+B ?= $(BUILD)/$(if $(and $(CUDA),$(GPU_HERE)),train_gpt2cu_fp32,train_gpt2)
 diff: cpu $(filter $(BUILD)/train_gpt2cu%,$(A) $(B))
+	@$(if $(filter $(A),$(B)),echo "a trainer against itself: not a bit may differ")
 	@$(BUILD)/diff $(A) $(B) $(DIFF)
 
 # Every operation of a step on the GPU: us, GB/s or TFLOP/s, % of the ceiling, share of the step.
-bench: $(if $(CUDA),$(BUILD)/bench/bench_gpu,$(GPU_HERE))
-	@$(if $(CUDA),$<,dev/test/gpu/run.sh)
+bench: $(call for_gpu,$(BUILD)/bench/bench_gpu)
+	@$(if $(GPU_HERE),$<,dev/test/gpu/run.sh)
 
 # Matmul beside OpenBLAS, tokens a second, memory, packing.
 bench-cpu: cpu $(BUILD)/bench/bench_matmul $(BUILD)/bench/bench_packing

@@ -9,7 +9,7 @@
 # of it; the same kernels of ours run under it in their FP32 builds.
 sanitize=
 [ "$1" = --sanitize ] && { sanitize=1; shift; }
-no_gpu=$([ $# -eq 0 ] && echo "no GPU and no nvcc: skipped" || GPU_PROBE=1 "$1")
+no_gpu=$([ $# -eq 0 ] && echo "no GPU here: skipped" || GPU_PROBE=1 "$1")
 if [ "$no_gpu" ]; then
     echo "$no_gpu"
     echo "0 passed, 0 failed"
