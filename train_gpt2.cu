@@ -3,13 +3,14 @@
 // cost. Kernels live in llmc/*.cuh, one operation a file.
 //
 // PRECISION. BF16: weights, activations and their gradients are BF16; sums, norms, softmax and loss
-// FP32; masters, optimizer state and the gradients of weights FP32. The FP32 build (-DPRECISION_FP32)
-// has no BF16 and no TF32 in it and is held against the CPU, number by number (make diff).
+// FP32; masters, optimizer state and the gradients of weights FP32. The FP32 build, of
+// -DPRECISION_FP32, has no BF16 and no TF32 in it and is held against the CPU, number by number
+// (make diff).
 //
 // MEMORY. One allocation a kind, laid out by the table of llmc/model.h, block by block:
-//     masters, gradients, first and second optimizer states (FP32), weights (BF16 copies of masters)
-// and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are kept
-// for backward (x_in, h1, q, k, v, att, h2: C each; fc: 4C); relu^2 is computed again.
+//     masters, gradients, first and second optimizer states (FP32), weights (the masters in BF16)
+// and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are
+// kept for backward (x_in, h1, q, k, v, att, h2: C each; fc: 4C); relu^2 is computed again.
 //
 // ONE STEP. All but batches and norms is enqueued on one stream; the host waits once, at the end:
 //
@@ -18,11 +19,11 @@
 //     norms                          sums of squares, a block as it becomes final ^
 //
 // What changes from step to step (rates, momentum, clip scale, skip) is one struct in device memory
-// (llmc/step.cuh), so no launch argument ever changes; the check kernel sets skip on NaN or Inf, and
-// the optimizer's kernels then do nothing.
+// (llmc/step.cuh), so no launch argument ever changes; the check kernel sets skip on NaN or Inf,
+// and the optimizer's kernels then do nothing.
 //
-// The file runs: parameters, activations, model, forward, head, backward, update, a step, validation
-// and samples, save and load, main.
+// The file runs: parameters, activations, model, forward, head, backward, update, a step,
+// validation and samples, save and load, main.
 #include <assert.h>
 #include <limits.h>
 #include <math.h>
@@ -263,8 +264,8 @@ static double matmul_bytes(int n, int K, int N) {
     return sizeof(floatX) * ((double)n * K + (double)K * N + (double)n * N);
 }
 
-// Of attention over n tokens in rows of T, counting the keys that a query sees: `products` times 2 D
-// operations for each query, key and head. (Documents shorten it further; that is not counted.)
+// Of attention over n tokens in rows of T, counting the keys that a query sees: `products` times
+// 2 D operations for each query, key and head. (Documents shorten it further; that is not counted.)
 static double attention_flops(int n, int T, int C, int W, int products) {
     double w = fmin(W, T), keys = (w * (w + 1) / 2 + (T - w) * (w + 1)) / T;
     return 2.0 * products * n * C * keys;

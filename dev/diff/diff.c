@@ -1,7 +1,7 @@
 // diff: holds one trainer, run or dump against another, number by number.
 //
 //     build/diff build/train_gpt2 build/train_gpt2cu_fp32
-//     build/diff build/train_gpt2cu_fp32 build/train_gpt2cu --steps 100 -- --train 'data/train_*.bin'
+//     build/diff build/train_gpt2cu_fp32 build/train_gpt2cu --steps 100 -- --train 'data/*.bin'
 //     build/diff runs/cpu build/train_gpt2cu                    runs/cpu: a folder with log.csv
 //     build/diff cpu.safetensors gpu.safetensors                made with --dump
 //

@@ -1,16 +1,16 @@
 // tensors.h: compares two safetensors files, tensor by tensor, and prints what it found.
 //
-// The files are a trainer's dumps (--dump), dumps of sketches (--dump-sketch 1), one of each, or the
-// model.safetensors of two saves. b is the reference, a is held against it:
+// The files are a trainer's dumps (--dump), dumps of sketches (--dump-sketch 1), one of each, or
+// the model.safetensors of two saves. b is the reference, a is held against it:
 //     ||a - b|| <= tolerance ||b|| + 1e-8 sqrt(numel)
-//     a lambda's gradient: ||a - b|| <= tolerance * the norm of all lambdas' gradients, since each is
-//         a sum whose terms cancel and may come near 0 by chance. (The fixtures' yardstick, the sum of
-//         |terms|, is not in a dump: it is 30 to 100 times as large from --init test, and 0.5 to 5
-//         times after 50 steps; depth 4, C 256, 1024 tokens.)
+//     a lambda's gradient: ||a - b|| <= tolerance * the norm of all lambdas' gradients, since each
+//         is a sum whose terms cancel and may come near 0 by chance. (The fixtures' yardstick, the
+//         sum of |terms|, is not in a dump: it is 30 to 100 times as large from --init test, and
+//         0.5 to 5 times after 50 steps; depth 4, C 256, 1024 tokens.)
 //     what is exactly 0 in b is exactly 0 in a: a row, a column, an element of a vector. A single 0
 //         between other numbers of a matrix is rounding, and counts as any number.
 //         BF16 excuses wfc and wproj: a unit that was silent for all tokens may just wake.
-//     tokens, targets: equal. Parameters before the step: equal but for the last digits of a sketch.
+//     tokens, targets: equal. Parameters before the step: equal, but for a sketch's last digits.
 // From sketches (llmc/sketch.h) the distance is an estimate (standard error 9%), zeros are counted.
 #ifndef DEV_DIFF_TENSORS_H
 #define DEV_DIFF_TENSORS_H
