@@ -395,6 +395,7 @@ static const char *known(const Side *s) { return *s->program ? s->program : s->p
 // Prints the last lines. Returns the exit code.
 static int verdict(const Diff *d) {
     bool ok = d->losses_failed + d->tensors_failed == 0;
+    char part[32];
     if (d->sides < 2) return printf("\nrecorded in %s\n", d->side[0].folder), EXIT_OK;
     if (d->losses + d->tensors == 0)
         die(EXIT_USAGE, "found nothing that both sides have, or can make");
@@ -408,7 +409,8 @@ static int verdict(const Diff *d) {
     if (isinf(d->worst))
         printf("worst: %s, see there\n", d->worst_name);
     else if (d->worst > 0)
-        printf("worst: %s, %.3g%% of what is allowed\n", d->worst_name, 100 * d->worst);
+        printf("worst: %s, %s%s what is allowed\n", d->worst_name, tensor_part_text(part, d->worst),
+               d->worst > 1 ? "" : " of");
     else
         printf("no difference at all\n");
     return ok ? EXIT_OK : EXIT_INTERNAL;

@@ -257,12 +257,18 @@ static inline TensorRows tensors_compare(const char *path_a, const char *path_b,
     return rows;
 }
 
-// The error and its part of what is allowed; an error of not a bit is a plain 0.
+// A part of what is allowed: "0" when not a bit differs, "16.02%", "1031.2 x", "" with a note.
+static inline const char *tensor_part_text(char text[32], double part) {
+    if (!isfinite(part)) return "";
+    if (part == 0) return "0";
+    snprintf(text, 32, part > 1 ? "%.1f x" : "%.2f%%", part > 1 ? part : 100 * part);
+    return text;
+}
+
 static inline void tensor_print_error(const TensorRow *x) {
-    char error[24] = "0", part[24] = "0";
+    char error[24] = "0", part[32];
     if (x->error != 0) snprintf(error, sizeof error, "%.2e", x->error);
-    if (x->part != 0) snprintf(part, sizeof part, "%.2f%%", 100 * x->part);
-    printf(" %9.2e %9s %9.2e %11s", x->norm, error, x->allowed, isfinite(x->part) ? part : "");
+    printf(" %9.2e %9s %9.2e %11s", x->norm, error, x->allowed, tensor_part_text(part, x->part));
 }
 
 // The rows of a group: up to `top` of them (0: all), those past their limit always; not what went
@@ -288,7 +294,9 @@ static inline void tensors_print_group(const TensorRows *rows, TensorGroup group
         tensor_print_error(x);
         printf("%s%s%s\n", bad ? "  TOO FAR" : "", *x->note ? "  " : "", x->note);
     }
-    if (left_out) printf("    ... and %d more, each at most %.2f%%\n", left_out, 100 * most);
+    char part[32];
+    if (left_out)
+        printf("    ... and %d more, each at most %s\n", left_out, tensor_part_text(part, most));
 }
 
 // top < 0: as many as read well, but of the gradients all if all_gradients says so.
