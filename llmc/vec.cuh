@@ -13,8 +13,7 @@
 #include "llmc/cuda_common.cuh"  // floatX, bf16
 
 // Numbers of type T in 16 bytes.
-template <class T>
-constexpr int vec_size = 16 / (int)sizeof(T);
+template <class T> constexpr int vec_size = 16 / (int)sizeof(T);
 
 constexpr int VEC = vec_size<floatX>;
 
@@ -22,20 +21,14 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 
 // Rounds to T, to nearest even.
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-    return x;
-}
-template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
 // Four floats, or eight in two pieces: what a thread holds of FP32 memory beside VEC of floatX.
-template <int N>
-__device__ __forceinline__ void vec_load(float (&x)[N], const float *p) {
+template <int N> __device__ __forceinline__ void vec_load(float (&x)[N], const float *p) {
     static_assert(N % 4 == 0, "whole pieces of 16 bytes");
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
@@ -44,16 +37,14 @@ __device__ __forceinline__ void vec_load(float (&x)[N], const float *p) {
     }
 }
 
-template <int N>
-__device__ __forceinline__ void vec_store(float *p, const float (&x)[N]) {
+template <int N> __device__ __forceinline__ void vec_store(float *p, const float (&x)[N]) {
     static_assert(N % 4 == 0, "whole pieces of 16 bytes");
 #pragma unroll
     for (int i = 0; i < N; i += 4)
         *reinterpret_cast<float4 *>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
 }
 
-template <int N>
-__device__ __forceinline__ void vec_load(float (&x)[N], const bf16 *p) {
+template <int N> __device__ __forceinline__ void vec_load(float (&x)[N], const bf16 *p) {
     static_assert(N % 8 == 0, "whole pieces of 16 bytes");
 #pragma unroll
     for (int i = 0; i < N; i += 8) {
@@ -67,8 +58,7 @@ __device__ __forceinline__ void vec_load(float (&x)[N], const bf16 *p) {
     }
 }
 
-template <int N>
-__device__ __forceinline__ void vec_store(bf16 *p, const float (&x)[N]) {
+template <int N> __device__ __forceinline__ void vec_store(bf16 *p, const float (&x)[N]) {
     static_assert(N % 8 == 0, "whole pieces of 16 bytes");
 #pragma unroll
     for (int i = 0; i < N; i += 8) {
