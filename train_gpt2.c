@@ -32,7 +32,7 @@
 #include "llmc/matmul.h"      // matmul_forward, matmul_dgrad, matmul_wgrad
 #include "llmc/model.h"       // Config, Table, table_init, table_fill
 #include "llmc/run.h"         // run_main; declares the model_ functions that this file defines
-#include "llmc/schedule.h"    // Plan, Phase, plan_group, schedule_at
+#include "llmc/schedule.h"    // Plan, Phase, plan_group, schedule_at, schedule_lr
 
 // =============================================================================================
 // Operations, in the order of the computation.
@@ -1021,14 +1021,15 @@ static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it,
         const Tensor *x = &m->table.tensor[i];
         if (x->frozen) continue;
         GroupNumbers k = plan_group(plan, f, &m->cfg, x->group);
+        double lr = schedule_lr(now, k, x->group);
         float *p = m->params + x->offset, *first = m->state1 + x->offset,
               *second = m->state2 + x->state;
         const float *g = m->grads + x->offset;
         if (x->group == GROUP_MATRIX)
-            muon_update(p, first, second, g, clip, now.momentum, k.beta2, k.lr * now.lr,
-                        k.wd * now.wd, x->rows, x->cols, &m->muon);
+            muon_update(p, first, second, g, clip, now.momentum, k.beta2, lr, k.wd * now.wd,
+                        x->rows, x->cols, &m->muon);
         else
-            adamw_update(p, first, second, g, clip, k, k.lr * now.lr, it + 1, tensor_numel(x));
+            adamw_update(p, first, second, g, clip, k, lr, it + 1, tensor_numel(x));
     }
 }
 

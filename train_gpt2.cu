@@ -118,7 +118,7 @@ static Views<T> views_of(const Table *t, const Config *c, T *arena, float *small
 
 // What one layer's forward keeps for its backward.
 typedef struct {
-    floatX *x_in;     // (n, C): the stream as it enters
+    floatX *x_in;     // (n, C): the stream as it enters, times X_IN_SCALE; the first layer's: x0
     floatX *h1, *h2;  // (n, C): the normed inputs of attention and MLP
     float *r1, *r2;   // (n): the norms' factors
     floatX *qkv;      // (n, 3C): q and k normed and rotated, v with its value embedding

@@ -6,7 +6,7 @@
 #include <stdio.h>
 
 #include "llmc/model.h"     // Config, Table
-#include "llmc/schedule.h"  // Plan, plan_group, schedule_at
+#include "llmc/schedule.h"  // Plan, plan_group, schedule_at, schedule_lr
 
 // The init distribution in words.
 static inline const char *describe_init(const Init *i, char *buffer, size_t size) {
@@ -87,7 +87,7 @@ static inline void describe_plan(FILE *out, const Plan *p, const Flags *f, const
         Schedule s = schedule_at(it, p->steps, f->warmup);
         fprintf(out, "%10lld %9.5f %10.5f %10.5f", (long long)it, s.lr, s.momentum, s.wd);
         for (int g = 0; g < GROUP_COUNT; g++)
-            fprintf(out, " %15.6g", plan_group(p, f, c, (Group)g).lr * s.lr);
+            fprintf(out, " %15.6g", schedule_lr(s, plan_group(p, f, c, (Group)g), (Group)g));
         fprintf(out, "\n");
     }
     fprintf(out, "weight decay of the matrices %.6g before its factor\n",

@@ -51,7 +51,7 @@ static inline void step_numbers(StepState *s, const Plan *plan, const Flags *f, 
     memset(s, 0, sizeof *s);
     for (int i = 0; i < GROUP_COUNT; i++) {
         GroupNumbers k = plan_group(plan, f, c, (Group)i);
-        double lr = k.lr * now.lr;
+        double lr = schedule_lr(now, k, (Group)i);
         if (i == GROUP_MATRIX) {
             s->momentum = (float)now.momentum, s->beta2 = (float)k.beta2;
             s->lr = (float)lr, s->wd = (float)(k.wd * now.wd);

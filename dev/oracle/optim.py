@@ -172,6 +172,8 @@ class Optimizer:
                 continue
             p, g, state = self.p[row.name], gradients[row.name], self.state[row.name]
             lr = group_lr(config, row.group) * multiplier
+            if it == 0 and row.group in ("resid", "x0", "smear"):
+                lr = 0.0  # gradients that are 0 but for rounding, from the default init
             if row.group == "muon":
                 wd = muon_wd(config) * muon_decay(it, n)
                 muon(p, g, state, lr, muon_momentum(it, n), wd)

@@ -231,7 +231,7 @@ def test_zero_gradient_only_decays():
     before = {name: x.clone() for name, x in p.items()}
     optim.Optimizer(config, p).step({name: torch.zeros_like(x) for name, x in p.items()}, 0)
     for row in parameter_table(config):
-        lr = optim.group_lr(config, row.group)
+        lr = 0 if row.group in ("resid", "x0", "smear") else optim.group_lr(config, row.group)
         wd = optim.muon_wd(config) if row.group == "muon" else optim.GROUPS[row.group].wd
         if row.group == "muon":
             lr *= math.sqrt(max(1, row.shape[0] / row.shape[1]))

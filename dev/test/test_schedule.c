@@ -44,6 +44,17 @@ TEST(warmup_wins_over_the_fall) {
     CHECK_NEAR(schedule_at(0, 1, 0).lr, 1, 0);
 }
 
+TEST(lambdas_rest_in_step_0) {
+    for (int64_t it = 0; it < 3; it++) {
+        Schedule now = schedule_at(it, 1000, 40);
+        for (int g = 0; g < GROUP_COUNT; g++) {
+            GroupNumbers k = {.lr = 2};
+            bool rests = it == 0 && (g == GROUP_RESID || g == GROUP_X0 || g == GROUP_SMEAR);
+            CHECK_NEAR(schedule_lr(now, k, (Group)g), rests ? 0 : 2 * now.lr, 0);
+        }
+    }
+}
+
 TEST(length_of_the_fall_rounds_half_to_even) {
     CHECK_NEAR(schedule_at(5, 10, 0).lr, 0.05 + 0.95 * 5 / 6, 1e-15);     // d = rint(6.5) = 6
     CHECK_NEAR(schedule_at(11, 30, 0).lr, 0.05 + 0.95 * 19 / 20, 1e-15);  // d = rint(19.5) = 20
@@ -355,6 +366,7 @@ TEST(equals_the_oracles_table) {
 int main(void) {
     RUN(lr_rises_stays_and_falls);
     RUN(warmup_wins_over_the_fall);
+    RUN(lambdas_rest_in_step_0);
     RUN(length_of_the_fall_rounds_half_to_even);
     RUN(momentum_rises_stays_and_falls);
     RUN(decay_is_a_half_cosine);

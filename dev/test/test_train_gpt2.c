@@ -88,7 +88,7 @@ TEST(zero_gradient_leaves_only_decay) {
         GroupNumbers k = plan_group(&t.plan, &t.flags, &t.cfg, x->group);
         bool matrix = x->group == GROUP_MATRIX;
         double shape = matrix ? sqrt(fmax(1, (double)x->rows / x->cols)) : 1;
-        double decay = k.lr * now.lr * shape * k.wd * (matrix ? now.wd : 1);
+        double decay = schedule_lr(now, k, x->group) * shape * k.wd * (matrix ? now.wd : 1);
         bool equal = true;
         for (size_t e = 0; e < tensor_numel(x); e++) {
             float old = before[x->offset + e], new = m->params[x->offset + e];

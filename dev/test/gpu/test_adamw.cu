@@ -48,7 +48,7 @@ static void check_adamw(Group group, size_t count, float scale, int64_t it) {
         memcpy(before, gpu_read(p), count * sizeof(float));
         memcpy(p_expected, before, count * sizeof(float));
         GroupNumbers k = plan_group(&plan, &flags, &config, group);
-        double lr = k.lr * schedule_at(it, plan.steps, flags.warmup).lr;
+        double lr = schedule_lr(schedule_at(it, plan.steps, flags.warmup), k, group);
         cpu::adamw_update(p_expected, m_expected, v_expected, g.host, scale, k, lr, it + 1, count);
         StepState host;
         step_numbers(&host, &plan, &flags, &config, it);

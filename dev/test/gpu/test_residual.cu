@@ -29,6 +29,13 @@ static Stream stream_normal(size_t count, int parts) {
     return {x, {x.device, parts > 1 ? a.device : NULL, parts > 2 ? b.device : NULL}, expected};
 }
 
+// An x_in as mix_norm keeps it: on the device X_IN_SCALE times what the host has.
+static GpuArray<floatX> x_in_normal(const char *name, size_t count, double std) {
+    GpuArray<floatX> x = gpu_normal<floatX>(name, count, X_IN_SCALE * std);
+    for (size_t i = 0; i < count; i++) x.host[i] /= X_IN_SCALE;
+    return x;
+}
+
 // parts 1: a first layer, whose stream is x0 and whose x_in is not kept. Else x is made in place.
 static void check_mix_forward(int n, int C, int parts) {
     size_t nC = (size_t)n * C;
@@ -46,6 +53,7 @@ static void check_mix_forward(int n, int C, int parts) {
     cpu::mix_forward(x_expected, in.expected, x0.host, lambda, lambda0, (int64_t)nC);
     cpu::norm_forward(h_expected, r_expected, x_expected, n, C);
     gpu_compare(x, x_expected, n, C, "n %d, C %d, parts %d", n, C, parts);
+    for (size_t i = 0; i < nC; i++) in.expected[i] *= X_IN_SCALE;
     if (parts > 1) gpu_compare(x_in, in.expected, n, C, "n %d, C %d, parts %d", n, C, parts);
     gpu_compare(h, h_expected, n, C, "n %d, C %d, parts %d", n, C, parts);
     gpu_compare(r, r_expected, n, 1, "n %d, C %d, parts %d", n, C, parts);
@@ -55,8 +63,8 @@ static void check_mix_forward(int n, int C, int parts) {
 // one_buffer: x_in is x0, as in the first layer.
 static void check_mix_backward(int n, int C, bool one_buffer) {
     size_t nC = (size_t)n * C;
-    GpuArray<floatX> x_in = gpu_normal<floatX>("x_in", nC, 1);
-    GpuArray<floatX> x0 = one_buffer ? x_in : gpu_normal<floatX>("x0", nC, 1);
+    GpuArray<floatX> x0 = gpu_normal<floatX>("x0", nC, 1);
+    GpuArray<floatX> x_in = one_buffer ? x0 : x_in_normal("x_in", nC, 1);
     GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
     GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1), dx0 = gpu_normal<floatX>("dx0", nC, 1);
     GpuArray<floatX> dx_mlp = gpu_normal<floatX>("dx_mlp", nC, 1);
@@ -131,7 +139,7 @@ static void check_residual(int n, int C) {
 static void check_backout_forward(int n, int C, int parts, bool has) {
     size_t nC = (size_t)n * C;
     Stream in = stream_normal(nC, parts);
-    GpuArray<floatX> middle = gpu_normal<floatX>("x_middle", nC, 2);
+    GpuArray<floatX> middle = x_in_normal("x_middle", nC, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<floatX> hf = gpu_poisoned<floatX>("hf", nC);
     GpuArray<float> rf = gpu_poisoned<float>("rf", n);
@@ -148,7 +156,7 @@ static void check_backout_forward(int n, int C, int parts, bool has) {
 static void check_backout_backward(int n, int C, bool has) {
     size_t nC = (size_t)n * C;
     GpuArray<floatX> dhf = gpu_normal<floatX>("dhf", nC, 1), hf = gpu_normal<floatX>("hf", nC, 1);
-    GpuArray<floatX> middle = gpu_normal<floatX>("x_middle", nC, 2);
+    GpuArray<floatX> middle = x_in_normal("x_middle", nC, 2);
     GpuArray<float> rf = gpu_random<float>("rf", n, 0.5, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
     GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
@@ -224,24 +232,27 @@ TEST(small_branches_are_kept) {
     size_t nC = (size_t)n * C;
     GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 1), x0 = gpu_normal<floatX>("x0", nC, 1);
     GpuArray<floatX> a = gpu_normal<floatX>("a", nC, 1e-3), b = gpu_normal<floatX>("b", nC, 1e-3);
-    GpuArray<floatX> h = gpu_poisoned<floatX>("h", nC);
+    GpuArray<floatX> h = gpu_poisoned<floatX>("h", nC), x_in = gpu_poisoned<floatX>("x_in", nC);
     GpuArray<float> l = gpu_copy<float>("lambda", &scale, 1), r = gpu_poisoned<float>("r", n);
     GpuArray<float> l0 = gpu_copy<float>("lambda0", &scale0, 1);
     double power = 1, sum = 0, sum0 = 0;  // what stream, branches and x0 have been multiplied by
     for (int layer = 0; layer < 20; layer++) {
-        mix_norm_forward(x.device, NULL, h.device, r.device, {x.device, a.device, b.device},
-                         x0.device, l.device, l0.device, n, C, 0);
+        mix_norm_forward(x.device, layer ? NULL : x_in.device, h.device, r.device,
+                         {x.device, a.device, b.device}, x0.device, l.device, l0.device, n, C, 0);
         power *= scale, sum = scale * (sum + 1), sum0 = scale * sum0 + scale0;
     }
     float *start = gpu_expected(nC);
-    memcpy(start, x.host, nC * sizeof *start), gpu_read(x);
-    double found = 0, expected = 0;
+    memcpy(start, x.host, nC * sizeof *start), gpu_read(x), gpu_read(x_in);
+    double found = 0, expected = 0, found_in = 0, expected_in = 0;
     for (size_t i = 0; i < nC; i++) {
-        double branches = sum * ((double)a.host[i] + b.host[i]);
+        double branch = (double)a.host[i] + b.host[i], branches = sum * branch;
+        found_in += (x_in.host[i] / X_IN_SCALE - start[i]) * branch;
+        expected_in += branch * branch;
         found += (x.host[i] - power * start[i] - sum0 * x0.host[i]) * branches;
         expected += branches * branches;
     }
     CHECK_NEAR(found / expected, 1, 0.02);
+    CHECK_NEAR(found_in / expected_in, 1, 0.04);  // of the first layer's, in what is kept of it
     gpu_end_case();
 }
 
