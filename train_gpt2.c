@@ -1067,7 +1067,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     s.at = loader_state(loader);
     s.finite = isfinite(s.loss) && isfinite(s.grad_norm);
     if (isfinite(s.loss) && !s.finite)
-        s.bad_tensor = table_find_nonfinite(&m->table, m->grads)->name;
+        s.bad_tensor = table_find_nonfinite(&m->table, m->grads, true)->name;
     if (trace) memcpy(trace->grads, m->grads, m->table.numel * sizeof(float));
     if (s.finite) model_update(m, flags, plan, step, s.grad_norm);
     return s;

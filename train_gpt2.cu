@@ -568,6 +568,17 @@ static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *pha
     memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
 }
 
+// The name of the tensor whose gradient was the first not to be finite; NULL: all are. Only for a run
+// that ends: it copies them all.
+static const char *find_bad_tensor(const Model *m) {
+    float *grads = (float *)die_alloc(m->table.numel, sizeof *grads, "a copy of the gradients");
+    CUDA_CHECK(
+        cudaMemcpy(grads, m->grads, m->table.numel * sizeof *grads, cudaMemcpyDeviceToHost));
+    const Tensor *bad = table_find_nonfinite(&m->table, grads, true);
+    free(grads);
+    return bad ? bad->name : NULL;
+}
+
 // What the step left in host_step. first: the slot of its first micro-batch.
 static StepResult step_result(const Model *m, const Phase *phase, int first) {
     const StepState *done = m->host_step;
@@ -576,8 +587,7 @@ static StepResult step_result(const Model *m, const Phase *phase, int first) {
     r.loss = done->loss_sum / (double)phase->batch, r.grad_norm = done->grad_norm;
     r.finite = !done->skip;
     r.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
-    if (isfinite(r.loss) && done->bad_tensor >= 0)
-        r.bad_tensor = m->table.tensor[done->bad_tensor].name;
+    if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m);
     int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
     int slot = (first + row / phase->micro_rows) % (m->slots - 1);
     r.origin = m->feed.slot[slot].origin[row % phase->micro_rows];
