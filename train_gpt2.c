@@ -433,16 +433,16 @@ static void add_forward(float *y, const float *x, int64_t count) {
     for (int64_t i = 0; i < count; i++) y[i] += x[i];
 }
 
-// y = relu(x)^2 (Primer, So et al. 2021)
+// y = relu(x)^2 (Primer, So et al. 2021); NaN stays NaN.
 static void relu2_forward(float *y, const float *x, int64_t count) {
 #pragma omp parallel for
-    for (int64_t i = 0; i < count; i++) y[i] = x[i] > 0 ? x[i] * x[i] : 0;
+    for (int64_t i = 0; i < count; i++) y[i] = x[i] <= 0 ? 0 : x[i] * x[i];
 }
 
 // dx = 2 relu(x) dy. dx may be dy.
 static void relu2_backward(float *dx, const float *dy, const float *x, int64_t count) {
 #pragma omp parallel for
-    for (int64_t i = 0; i < count; i++) dx[i] = x[i] > 0 ? 2 * x[i] * dy[i] : 0;
+    for (int64_t i = 0; i < count; i++) dx[i] = x[i] <= 0 ? 0 : 2 * x[i] * dy[i];
 }
 
 // y = x - lambda xb

@@ -568,12 +568,11 @@ static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *pha
     memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
 }
 
-// The name of the tensor whose gradient was the first not to be finite; NULL: all are. Only for a run
-// that ends: it copies them all.
+// The tensor whose gradient was the first not to be finite, NULL: all are. Copies them all to the
+// host, when the run is about to end.
 static const char *find_bad_tensor(const Model *m) {
     float *grads = (float *)die_alloc(m->table.numel, sizeof *grads, "a copy of the gradients");
-    CUDA_CHECK(
-        cudaMemcpy(grads, m->grads, m->table.numel * sizeof *grads, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(grads, m->grads, m->table.numel * sizeof *grads, cudaMemcpyDeviceToHost));
     const Tensor *bad = table_find_nonfinite(&m->table, grads, true);
     free(grads);
     return bad ? bad->name : NULL;

@@ -51,6 +51,27 @@ TEST(backward) {
     }
 }
 
+// NaN stays NaN, wherever it is in a piece, and spoils nothing beside it.
+TEST(not_finite) {
+    int count = FLAT_BLOCK + 8;
+    GpuArray<floatX> x = some_zeros("x", count), dx = gpu_normal<floatX>("dx", count, 1);
+    for (int i = 3; i < count; i += 83) x.host[i] = i % 2 ? NAN : INFINITY;
+    x = gpu_copy<floatX>("x", x.host, count);
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", count), again = gpu_poisoned<floatX>("y", count);
+    relu2_forward(y.device, x.device, count, 0);
+    relu2_backward(dx.device, again.device, x.device, count, 0);
+    gpu_read(y), gpu_read(again), gpu_read(dx);
+    for (int i = 0; i < count; i++) {
+        bool nan = isnan(x.host[i]), finite = isfinite(x.host[i]);
+        if (isnan(y.host[i]) == nan && isnan(again.host[i]) == nan && isnan(dx.host[i]) == nan &&
+            isfinite(y.host[i]) == finite && isfinite(dx.host[i]) == finite)
+            continue;
+        CHECK_INT(i, -1);
+        break;
+    }
+    gpu_end_case();
+}
+
 static void lines(int n, int C) {
     size_t count = (size_t)n * 4 * C;
     floatX *x = bench_array<floatX>(count), *y = bench_array<floatX>(count),
@@ -64,5 +85,6 @@ int main(int argc, char **argv) {
     bench_if_asked(argc, argv, lines);
     RUN(forward);
     RUN(backward);
+    RUN(not_finite);
     return test_end();
 }
