@@ -262,6 +262,11 @@ static double matmul_bytes(int n, int K, int N) {
     return sizeof(floatX) * ((double)n * K + (double)K * N + (double)n * N);
 }
 
+// Of wgrad, which reads and writes the FP32 gradient (N, K).
+static double wgrad_bytes(int n, int K, int N) {
+    return sizeof(floatX) * ((double)n * K + (double)n * N) + 8.0 * K * N;
+}
+
 // Of attention over n tokens in rows of T, counting the keys that a query sees: `products` times 2 D
 // operations for each query, key and head. (Documents shorten it further; that is not counted.)
 static double attention_flops(int n, int T, int C, int W, int products) {
@@ -392,7 +397,7 @@ static void head_loss(Model *m, const DeviceBatch *b, float grad_scale, float *k
         trace_op(t, "head dgrad", -1, flops, bytes);
         matmul_dgrad(&m->matmul, dh, matmul_operand(a->logits), matmul_operand(m->w.lm_head), store,
                      rows, C, Vp, s);
-        trace_op(t, "head wgrad", -1, flops, bytes);
+        trace_op(t, "head wgrad", -1, flops, wgrad_bytes(rows, C, Vp));
         matmul_wgrad(&m->matmul, m->dw.lm_head, matmul_operand(a->logits), matmul_operand(hf), rows,
                      C, Vp, s);
     }
@@ -422,17 +427,17 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj), store, n, F, C, s);
     trace_op(t, "relu2 backward", i, 0, 4 * nF);
     relu2_backward(a->dfc, a->relu2, l->fc, (size_t)n * F, s);
-    trace_op(t, "proj wgrad", i, flops_F, bytes_F);
+    trace_op(t, "proj wgrad", i, flops_F, wgrad_bytes(n, F, C));
     matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(a->relu2), n, F, C, s);
     // fc = h2 wfc^T, h2 = N(x + att_out)
-    trace_op(t, "fc wgrad", i, flops_F, bytes_F);
+    trace_op(t, "fc wgrad", i, flops_F, wgrad_bytes(n, C, F));
     matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
     trace_op(t, "norm backward", i, 0, 5 * nC);
     branch_norm_backward(a->dx_mid, a->db, a->dx, a->dh, l->h2, l->r2, n, C, s);
     // att_out = att wo^T
-    trace_op(t, "wo wgrad", i, flops_C, bytes_C);
+    trace_op(t, "wo wgrad", i, flops_C, wgrad_bytes(n, C, C));
     matmul_wgrad(mm, dw->wo, matmul_operand(a->dx_mid), matmul_operand(l->att), n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dx_mid), matmul_operand(w->wo), store, n, C, C, s);
@@ -447,7 +452,7 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     trace_op(t, "qk_norm_rope backward", i, 0, 6 * nC);
     qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
     // qkv = h1 wqkv^T
-    trace_op(t, "qkv wgrad", i, flops_3C, bytes_3C);
+    trace_op(t, "qkv wgrad", i, flops_3C, wgrad_bytes(n, C, 3 * C));
     matmul_wgrad(mm, dw->wqkv, matmul_operand(a->dqkv), matmul_operand(l->h1), n, C, 3 * C, s);
     trace_op(t, "qkv dgrad", i, flops_3C, bytes_3C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dqkv), matmul_operand(w->wqkv), store, n, C, 3 * C,
@@ -543,7 +548,7 @@ static void model_update(Model *m) {
                      m->second + x->state, m->grads + x->offset, m->step, x->group, tensor_numel(x),
                      s);
     }
-    trace_op(t, "muon", -1, muon_flops(&m->muon), 0);
+    trace_op(t, "muon", -1, muon_flops(&m->muon), muon_traffic(&m->muon));
     muon_update(&m->muon, &m->matmul, m->masters, working_copy(m, 0), m->grads, m->first, m->second,
                 m->step, s);
     trace_end(t);

@@ -343,6 +343,21 @@ static inline double muon_flops(const Muon *m) {
     return flops;
 }
 
+// Bytes that an update must move: those of the passes over each element, as at the top, and those
+// of the products: X; A; A, A's polynomial; that, X, the new X.
+static inline double muon_traffic(const Muon *m) {
+    const double X = sizeof(floatX), copy = X < 4 ? X : 0;
+    double bytes = 0;
+    for (int i = 0; i < m->shapes; i++) {
+        const MuonShape *s = &m->shape[i];
+        double side = fmin(s->R, s->K), all = (double)s->R * s->K;
+        double passes = s->gate ? 20 + copy : 12 + (8 + X) + X + (X + 8 + copy);
+        double products = s->gate ? 0 : MUON_POLAR_STEPS * X * (3 * all + 4 * side * side);
+        bytes += s->count * (passes * all + products);
+    }
+    return bytes;
+}
+
 // Steps 1, 2 and the division of step 3, on matrices from .. from + batch - 1 of a shape: buf and
 // s->x.
 static inline void muon_begin(const MuonShape *s, MuonArenas arena, const StepState *step, int from,

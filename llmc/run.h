@@ -364,7 +364,7 @@ static inline int run_train(Run *r) {
     if (asked != STOP_END) return EXIT_OK;
     printf("stopped behind step %lld, as asked; %s\n", (long long)r->step,
            *f->out ? "it is saved, and --resume auto goes on from it"
-                   : "nothing is saved, since there is no --out, and the run can not go on from here");
+                   : "nothing is saved, since there is no --out to go on from");
     return EXIT_PREEMPTED;
 }
 

@@ -92,7 +92,7 @@ TEST(signals_save_and_end) {
 
 TEST(without_out_a_signal_ends_the_run_and_says_that_nothing_is_saved) {
     CHECK_INT(signalled(LONGER, "first step ", "kill $p"), EXIT_PREEMPTED);
-    CHECK_SAID("as asked; nothing is saved, since there is no --out, and the run can not go on");
+    CHECK_SAID("as asked; nothing is saved, since there is no --out to go on from");
 }
 
 // A step of some seconds; the second signal does not wait for its end.
