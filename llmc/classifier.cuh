@@ -11,9 +11,10 @@
 //
 //     z = 15 - 30 q,      e^(z-15) = e^(-30 q),      1 - (z/15)^2 = 4 q (1 - q)
 //
-// As |z| <= 15, e^(z-15) lies in e^-30 .. 1: it neither overflows nor vanishes, and the row's maximum,
-// which a softmax without a cap must find first, is not needed. A logit takes two exponentials and a
-// reciprocal (the special units do 16 a clock and SM, which at 4 TB/s is 3.5 a logit of BF16).
+// As |z| <= 15, e^(z-15) lies in e^-30 .. 1: it neither overflows nor vanishes, and the row's
+// maximum, which a softmax without a cap must find first, is not needed. A logit takes two
+// exponentials and a reciprocal (the special units do 16 a clock and SM, which at 4 TB/s is 3.5 a
+// logit of BF16).
 //
 // A block takes a row: it reads the logits, sums up e^(z-15), and keeps e^(z-15) q (1-q) of each in
 // shared memory; the sum known, it multiplies that by 4 scale / sum. Where shared memory is too

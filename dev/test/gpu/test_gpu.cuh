@@ -22,8 +22,8 @@
 //     ||a - b|| <= tolerance ||b||,   each |a - b| <= 8 tolerance max(|b|, rms b)
 //
 // so that every element is finite, and all are exactly 0 if all of b is. (That single ones are
-// exactly 0, a test checks by itself.) The tolerance goes with the array's type; an FP32 array that a
-// kernel fills from numbers it rounded to BF16 first is given the other one: x.tolerance =
+// exactly 0, a test checks by itself.) The tolerance goes with the array's type; an FP32 array that
+// a kernel fills from numbers it rounded to BF16 first is given the other one: x.tolerance =
 // TOLERANCE_X. A sum whose terms cancel is held against their sizes: gpu_compare_sums.
 //
 // Memory is poisoned (NaN) where a kernel shall write, and before and behind every array lie guard
