@@ -43,7 +43,7 @@
 #include "llmc/muon.cuh"         // Muon, muon_update
 #include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
 #include "llmc/residual.cuh"     // Residual, mix_norm_forward, backout_norm_forward, add_forward
-#include "llmc/rmsnorm.cuh"      // norm_forward, norm_backward
+#include "llmc/rmsnorm.cuh"      // norm_backward
 #include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
 #include "llmc/run.h"            // run_main; what it asks of a trainer: model_init, model_step, ...
 #include "llmc/schedule.h"       // Plan, Phase

@@ -8,7 +8,7 @@
 //             GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * C);
 //             GpuArray<float> r = gpu_poisoned<float>("r", n);
 //             float *y_expected = gpu_expected(n * C), *r_expected = gpu_expected(n);
-//             norm_forward(y.device, r.device, x.device, n, C, 0);
+//             residual_norm_forward(y.device, r.device, {x.device, NULL, NULL}, n, C, 0);
 //             cpu::norm_forward(y_expected, r_expected, x.host, n, C);
 //             gpu_compare(y, y_expected, n, C, "n %d, C %d", n, C);
 //             gpu_compare(r, r_expected, n, 1, "n %d, C %d", n, C);

@@ -176,6 +176,22 @@ static void check_backout(int n, int C) {
     }
 }
 
+// A row of zeros has norm 0 and a factor that is finite; so do rows too small for a square of FP32.
+TEST(zeros_and_tiny_numbers) {
+    for (double size : {0.0, 1e-25}) {
+        int n = 3, C = 768;
+        GpuArray<floatX> x = gpu_normal<floatX>("x", n * C, size);
+        GpuArray<floatX> h = gpu_poisoned<floatX>("h", n * C);
+        GpuArray<float> r = gpu_poisoned<float>("r", n);
+        float *h_expected = gpu_expected(n * C), *r_expected = gpu_expected(n);
+        residual_norm_forward(h.device, r.device, {x.device, NULL, NULL}, n, C, 0);
+        cpu::norm_forward(h_expected, r_expected, x.host, n, C);
+        gpu_compare(h, h_expected, n, C, "numbers of size %g", size);
+        gpu_compare(r, r_expected, n, 1, "numbers of size %g", size);
+        gpu_end_case();
+    }
+}
+
 TEST(mix_norm) { each_shape(check_mix); }
 TEST(residual_norm) { each_shape(check_residual); }
 TEST(backout_norm) { each_shape(check_backout); }
@@ -281,6 +297,7 @@ static void lines(int n, int C) {
 int main(int argc, char **argv) {
     gpu_test_begin();
     bench_if_asked(argc, argv, lines);
+    RUN(zeros_and_tiny_numbers);
     RUN(mix_norm);
     RUN(residual_norm);
     RUN(backout_norm);

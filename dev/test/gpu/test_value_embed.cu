@@ -129,11 +129,9 @@ TEST(wide) {
 }
 
 static void lines(int n, int C) {
-    int V = 50257, D = 128, H = C / D, different = 0;
+    int V = 50257, D = 128, H = C / D;
     size_t nC = (size_t)n * C, nH = (size_t)n * H, VC = (size_t)V * C;
     Tokens k = make_tokens(n, V, TOKENS_ZIPF);
-    int *seen = gpu_expected<int>(V);
-    for (int t = 0; t < n; t++) different += !seen[k.host[t]]++;
     floatX *qkv = bench_array<floatX>(3 * nC), *h = bench_array<floatX>(nC),
            *table = bench_array<floatX>(VC), *dh = bench_array<floatX>(nC);
     float *gate = bench_array<float>(nH), *dz = bench_array<float>(nH),
@@ -141,7 +139,7 @@ static void lines(int n, int C) {
           *dtable = bench_array<float>(VC);
     void *scratch = gpu_bytes("scratch", embed_scratch_bytes(n, C)),
          *gate_scratch = gpu_bytes("scratch", value_gate_scratch_bytes(n, H));
-    double rows = (double)different / n, X = sizeof(floatX);  // of the table, for each token
+    double rows = different_tokens(&k), X = sizeof(floatX);
     bench("value_embed_forward", n, C, 2 + rows, [=] {
         value_embed_forward(qkv + 2 * C, gate, h, w, table, k.device, n, H, D, 3 * C, 0);
     });
