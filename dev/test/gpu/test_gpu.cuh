@@ -156,6 +156,13 @@ static inline int *gpu_ints(const char *name, const int *values, size_t count) {
     return device;
 }
 
+// Whether so much device memory is left. A test that is larger than some GPUs is skipped there.
+static inline bool gpu_has_room(size_t bytes) {
+    size_t left = 0, all = 0;
+    CUDA_CHECK(cudaMemGetInfo(&left, &all));
+    return bytes + ((size_t)1 << 30) < left;
+}
+
 // What the device holds now, as floats: to x.host, which is returned.
 template <class T> static inline float *gpu_read(GpuArray<T> &x) {
     T *raw = (T *)die_alloc(x.count + 1, sizeof(T), x.name);
@@ -163,6 +170,14 @@ template <class T> static inline float *gpu_read(GpuArray<T> &x) {
     for (size_t i = 0; i < x.count; i++) to_host(&x.host[i], raw[i]);
     free(raw);
     return x.host;
+}
+
+// Whether the device holds the same bits in two arrays.
+template <class T> static inline bool same_bits(const GpuArray<T> &a, const GpuArray<T> &b) {
+    T *x = gpu_expected<T>(a.count), *y = gpu_expected<T>(a.count);
+    CUDA_CHECK(cudaMemcpy(x, a.device, a.count * sizeof(T), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(y, b.device, a.count * sizeof(T), cudaMemcpyDeviceToHost));
+    return !memcmp(x, y, a.count * sizeof(T));
 }
 
 // Ends a case: waits, checks every guard zone, frees all arrays.

@@ -43,12 +43,4 @@ static inline double different_tokens(const Tokens *k) {
     return (double)different / k->n;
 }
 
-// Whether the device holds the same bits in two arrays.
-template <class T> static inline bool same_bits(const GpuArray<T> &a, const GpuArray<T> &b) {
-    T *x = gpu_expected<T>(a.count), *y = gpu_expected<T>(a.count);
-    CUDA_CHECK(cudaMemcpy(x, a.device, a.count * sizeof(T), cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaMemcpy(y, b.device, a.count * sizeof(T), cudaMemcpyDeviceToHost));
-    return !memcmp(x, y, a.count * sizeof(T));
-}
-
 #endif

@@ -137,7 +137,7 @@ TEST(not_finite_no_update) {
     model_free(&t.model);
 }
 
-// A gradient that is not finite in three tensors: the one that backward comes to first is named, and
+// Gradients of three tensors are not finite: the one that backward comes to first is named, and
 // nothing is updated.
 TEST(bad_gradient_is_named) {
     static Trainer t;

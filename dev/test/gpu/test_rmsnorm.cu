@@ -20,11 +20,31 @@ static void check_backward(int n, int C) {
 
 TEST(backward) { each_shape(check_backward); }
 
+TEST(beyond_2_31_elements) {
+    Large m = large_matrix(CHANNELS_MAX);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(3 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *dx = filled_array<floatX>(m.count), *dy = filled_array<floatX>(m.count),
+           *y = filled_array<floatX>(m.count);
+    float *r = filled_array<float>((size_t)m.rows);
+    norm_backward(dx, dy, y, r, m.rows, m.cols, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> out = large_window("dx", dx, &m, i, m.cols),
+                         in = large_window("dy", dy, &m, i, m.cols),
+                         of_y = large_window("y", y, &m, i, m.cols);
+        GpuArray<float> of_r = large_window("r", r, &m, i, 1);
+        float *expected = gpu_expected(in.count);
+        cpu::norm_backward(expected, in.host, of_y.host, of_r.host, WINDOW_ROWS, m.cols, false);
+        gpu_compare(out, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+    }
+    gpu_end_case();
+}
+
 static void lines(int n, int C) {
     size_t nC = (size_t)n * C;
-    floatX *x = bench_array<floatX>(nC), *y = bench_array<floatX>(nC),
-           *dx = bench_array<floatX>(nC);
-    float *r = bench_array<float>(n);
+    floatX *x = filled_array<floatX>(nC), *y = filled_array<floatX>(nC),
+           *dx = filled_array<floatX>(nC);
+    float *r = filled_array<float>(n);
     bench("norm_backward", n, C, 3, [=] { norm_backward(dx, x, y, r, n, C, 0); });
 }
 
@@ -32,5 +52,6 @@ int main(int argc, char **argv) {
     gpu_test_begin();
     bench_if_asked(argc, argv, lines);
     RUN(backward);
+    RUN(beyond_2_31_elements);
     return test_end();
 }
