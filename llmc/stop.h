@@ -32,7 +32,7 @@ static inline void stop_on_signal(int signal_number) {
         "once; what came after the newest save is lost\n";
     if (stop_told >> signal_number & 1 && write(STDERR_FILENO, text, sizeof text - 1))
         _exit(EXIT_PREEMPTED);
-    stop_told |= 1 << signal_number;
+    stop_told = stop_told | 1 << signal_number;
 }
 
 // From here on the signals ask instead of killing. The sooner it is called the better.
