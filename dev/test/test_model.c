@@ -496,19 +496,23 @@ TEST(padding_is_zero) {
     }
 }
 
+static const char *first_bad(const Filled *m, bool backward) {
+    const Tensor *x = table_find_nonfinite(&m->table, m->params, backward);
+    return x ? x->name : "none";
+}
+
 // Of two tensors that are not finite, the one that comes first.
 TEST(what_is_not_finite_is_found) {
     Filled m = fill(3, 1, true);
     const Tensor *x;
     size_t at = (size_t)(values(&m, WFC, 1, &x) - m.params) + tensor_numel(x);
-    for (int backward = 0; backward < 2; backward++)
-        CHECK(table_find_nonfinite(&m.table, m.params, backward) == NULL);
+    for (int backward = 0; backward < 2; backward++) CHECK_STR(first_bad(&m, backward), "none");
     m.params[at] = INFINITY;  // the first of the next one
-    CHECK_STR(table_find_nonfinite(&m.table, m.params, false)->name, "layers.1.wproj");
-    CHECK_STR(table_find_nonfinite(&m.table, m.params, true)->name, "layers.1.wproj");
+    CHECK_STR(first_bad(&m, false), "layers.1.wproj");
+    CHECK_STR(first_bad(&m, true), "layers.1.wproj");
     m.params[at - 1] = NAN;
-    CHECK_STR(table_find_nonfinite(&m.table, m.params, false)->name, "layers.1.wfc");
-    CHECK_STR(table_find_nonfinite(&m.table, m.params, true)->name, "layers.1.wproj");
+    CHECK_STR(first_bad(&m, false), "layers.1.wfc");
+    CHECK_STR(first_bad(&m, true), "layers.1.wproj");
     filled_free(&m);
 }
 
@@ -547,8 +551,8 @@ TEST(what_is_not_finite_is_found_in_backwards_order) {
         const Tensor *x = m.table.tensor;
         while (strcmp(x->name, order[i].name)) x++;
         m.params[x->offset + order[i].element] = i % 2 ? NAN : -INFINITY;
-        CHECK_STR(table_find_nonfinite(&m.table, m.params, true)->name, order[i].name);
-        CHECK_STR(table_find_nonfinite(&m.table, m.params, false)->name, "wte");
+        CHECK_STR(first_bad(&m, true), order[i].name);
+        CHECK_STR(first_bad(&m, false), "wte");
     }
     filled_free(&m);
 }
