@@ -1,5 +1,5 @@
-// cudnn_attention.h: attention by cuDNN, for the BF16 build (make USE_CUDNN=1). attention.cuh has
-// the formulas. Pointers and strides are the same, but
+// cudnn_attention.h: attention by cuDNN, for the BF16 build (make USE_CUDNN=1).
+// attention_call.cuh has the formulas. Pointers and strides are the same, but
 //
 //   - the n tokens are n/T rows of T, T a multiple of 128, and each row is one document: a mask
 //     within rows is not built (cudnn_attention_check says so to the user). For samples and the
