@@ -1,6 +1,6 @@
 // attention.cuh: attention_call.cuh's attention, flash forward and backward, on BF16 tensor cores
-// (mma.sync: sm_80 and up). For the BF16 build; attention_fp32.cuh is the plain one. D is 64 or 128,
-// ld and ldo are multiples of 8.
+// (mma.sync: sm_80 and up). For the BF16 build; attention_fp32.cuh is the plain one. D is 64 or
+// 128, ld and ldo are multiples of 8.
 //
 // FLASH ATTENTION (Dao et al. 2022). A block of threads holds a tile of queries and walks over the
 // keys a tile at a time; a tile of s lives in registers, only as long as it is needed. But p needs
@@ -41,7 +41,7 @@
 #ifndef LLMC_ATTENTION_CUH
 #define LLMC_ATTENTION_CUH
 
-#include "llmc/attention_call.cuh"  // Attention, at_head, first_key; attention_forward, ..._backward
+#include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
 #include "llmc/ptx.cuh"             // ldmatrix, ldmatrix_trans, mma, cp_async_16, exp2_fast
 #include "llmc/vec.cuh"             // vec_load
 

@@ -7,7 +7,7 @@
 #ifndef LLMC_ATTENTION_FP32_CUH
 #define LLMC_ATTENTION_FP32_CUH
 
-#include "llmc/attention_call.cuh"  // Attention, at_head, first_key; attention_forward, ..._backward
+#include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
 
 constexpr int ATTENTION_WARPS = 8;  // rows a block does, neighbours of one head
 constexpr int ATTENTION_MAX_D = 256;

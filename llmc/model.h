@@ -288,8 +288,8 @@ static inline int tensor_place(const Tensor *x, size_t element) {
     return layer * ROLE_COUNT + (int)x->role;
 }
 
-// The tensor of an arena in which something not finite arose: of those with such an element the first
-// that forward comes to, or, for gradients, backward, as one spoils all behind it. NULL: none has.
+// The tensor of an arena in which something not finite arose: of those with such an element the
+// first that forward comes to, or, for gradients, backward, as one spoils all behind it. NULL: none.
 static inline const Tensor *table_find_nonfinite(const Table *t, const float *arena /* (numel) */,
                                                  bool backward) {
     const Tensor *found = NULL;

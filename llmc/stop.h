@@ -1,12 +1,12 @@
 // stop.h: how a run is told, from outside, to save or to stop.
 //
-//     SIGTERM, SIGUSR1   save at the end of the step under way and exit with EXIT_PREEMPTED; without
-//                        --out nothing is saved. The same signal again exits at once
+//     SIGTERM, SIGUSR1   save at the end of the step under way and exit with EXIT_PREEMPTED;
+//                        without --out nothing is saved. The same signal again exits at once
 //     OUT/STOP           the same
 //     OUT/SAVE           save at the end of the step under way, and go on
 //
-// Schedulers send one signal as a warning and another some time later (Slurm SIGUSR1, then SIGTERM):
-// both together are one request, and the second does not end a save that the first brought about.
+// Schedulers send one signal as a warning and another some time later (Slurm SIGUSR1, then
+// SIGTERM): both are one request, and the second does not end a save that the first brought about.
 // A file is removed when it is obeyed, so that the next run is not stopped by the STOP of this one.
 // What is in it does not matter: `touch` makes it.
 #ifndef LLMC_STOP_H

@@ -108,8 +108,8 @@ TEST(the_same_signal_again_ends_the_run_at_once) {
     CHECK_STR(listing(in_dir("out")), "log.csv run.json");
 }
 
-// As Slurm does it. The second signal comes in the middle of the save, which is of 75 MB: its folder
-// is there, and not yet renamed.
+// As Slurm does it. The second signal comes in the middle of the save, which is of 75 MB: its
+// folder is there, and not yet renamed.
 TEST(another_signal_lets_the_save_be_finished) {
     static const char *order[][2] = {{"USR1", "TERM"}, {"TERM", "USR1"}};
     for (int i = 0; i < 2; i++) {

@@ -47,8 +47,8 @@ static void expect(const Case *c, float scale, float *losses, float *gradient) {
     }
 }
 
-// A gradient that was read: behind column V it is 0 and nothing else, since it goes on into products
-// with all Vp columns.
+// A gradient that was read: behind column V it is 0 and nothing else, since it goes on into
+// products with all Vp columns.
 static void check_padding(const GpuArray<floatX> &gradient, int V, int Vp) {
     for (size_t i = 0; i < gradient.count; i++)
         if ((int)(i % (size_t)Vp) >= V && gradient.host[i] != 0) {
