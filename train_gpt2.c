@@ -433,16 +433,16 @@ static void add_forward(float *y, const float *x, int64_t count) {
     for (int64_t i = 0; i < count; i++) y[i] += x[i];
 }
 
-// y = relu(x)^2 (Primer, So et al. 2021)
+// y = relu(x)^2 (Primer, So et al. 2021); NaN stays NaN.
 static void relu2_forward(float *y, const float *x, int64_t count) {
 #pragma omp parallel for
-    for (int64_t i = 0; i < count; i++) y[i] = x[i] > 0 ? x[i] * x[i] : 0;
+    for (int64_t i = 0; i < count; i++) y[i] = x[i] <= 0 ? 0 : x[i] * x[i];
 }
 
 // dx = 2 relu(x) dy. dx may be dy.
 static void relu2_backward(float *dx, const float *dy, const float *x, int64_t count) {
 #pragma omp parallel for
-    for (int64_t i = 0; i < count; i++) dx[i] = x[i] > 0 ? 2 * x[i] * dy[i] : 0;
+    for (int64_t i = 0; i < count; i++) dx[i] = x[i] <= 0 ? 0 : 2 * x[i] * dy[i];
 }
 
 // y = x - lambda xb
@@ -1068,7 +1068,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     s.at = loader_state(loader);
     s.finite = isfinite(s.loss) && isfinite(s.grad_norm);
     if (isfinite(s.loss) && !s.finite)
-        s.bad_tensor = table_find_nonfinite(&m->table, m->grads)->name;
+        s.bad_tensor = table_find_nonfinite(&m->table, m->grads, true)->name;
     if (trace) memcpy(trace->grads, m->grads, m->table.numel * sizeof(float));
     if (s.finite) model_update(m, flags, plan, step, s.grad_norm);
     return s;

@@ -44,7 +44,7 @@
 #include "llmc/muon.cuh"         // Muon, muon_update
 #include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
 #include "llmc/residual.cuh"     // Residual, mix_norm_forward, backout_norm_forward, add_forward
-#include "llmc/rmsnorm.cuh"      // norm_forward, norm_backward
+#include "llmc/rmsnorm.cuh"      // norm_backward
 #include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
 #include "llmc/run.h"            // run_main; what it asks of a trainer: model_init, model_step, ...
 #include "llmc/schedule.h"       // Plan, Phase
@@ -264,6 +264,11 @@ static double matmul_bytes(int n, int K, int N) {
     return sizeof(floatX) * ((double)n * K + (double)K * N + (double)n * N);
 }
 
+// Of wgrad, which reads and writes the FP32 gradient (N, K).
+static double wgrad_bytes(int n, int K, int N) {
+    return sizeof(floatX) * ((double)n * K + (double)n * N) + 8.0 * K * N;
+}
+
 // Of attention over n tokens in rows of T, counting the keys that a query sees: `products` times
 // 2 D operations for each query, key and head. (Documents shorten it further; that is not counted.)
 static double attention_flops(int n, int T, int C, int W, int products) {
@@ -394,7 +399,7 @@ static void head_loss(Model *m, const DeviceBatch *b, float grad_scale, float *k
         trace_op(t, "head dgrad", -1, flops, bytes);
         matmul_dgrad(&m->matmul, dh, matmul_operand(a->logits), matmul_operand(m->w.lm_head), store,
                      rows, C, Vp, s);
-        trace_op(t, "head wgrad", -1, flops, bytes);
+        trace_op(t, "head wgrad", -1, flops, wgrad_bytes(rows, C, Vp));
         matmul_wgrad(&m->matmul, m->dw.lm_head, matmul_operand(a->logits), matmul_operand(hf), rows,
                      C, Vp, s);
     }
@@ -424,17 +429,17 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj), store, n, F, C, s);
     trace_op(t, "relu2 backward", i, 0, 4 * nF);
     relu2_backward(a->dfc, a->relu2, l->fc, (size_t)n * F, s);
-    trace_op(t, "proj wgrad", i, flops_F, bytes_F);
+    trace_op(t, "proj wgrad", i, flops_F, wgrad_bytes(n, F, C));
     matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(a->relu2), n, F, C, s);
     // fc = h2 wfc^T, h2 = N(x + att_out)
-    trace_op(t, "fc wgrad", i, flops_F, bytes_F);
+    trace_op(t, "fc wgrad", i, flops_F, wgrad_bytes(n, C, F));
     matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
     trace_op(t, "norm backward", i, 0, 5 * nC);
     residual_norm_backward(a->datt_out, a->dx_mlp, a->dx, a->dh, l->h2, l->r2, n, C, s);
     // att_out = att wo^T
-    trace_op(t, "wo wgrad", i, flops_C, bytes_C);
+    trace_op(t, "wo wgrad", i, flops_C, wgrad_bytes(n, C, C));
     matmul_wgrad(mm, dw->wo, matmul_operand(a->datt_out), matmul_operand(l->att), n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->datt_out), matmul_operand(w->wo), store, n, C, C, s);
@@ -449,7 +454,7 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     trace_op(t, "qk_norm_rope backward", i, 0, 6 * nC);
     qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
     // qkv = h1 wqkv^T
-    trace_op(t, "qkv wgrad", i, flops_3C, bytes_3C);
+    trace_op(t, "qkv wgrad", i, flops_3C, wgrad_bytes(n, C, 3 * C));
     matmul_wgrad(mm, dw->wqkv, matmul_operand(a->dqkv), matmul_operand(l->h1), n, C, 3 * C, s);
     trace_op(t, "qkv dgrad", i, flops_3C, bytes_3C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dqkv), matmul_operand(w->wqkv), store, n, C, 3 * C,
@@ -545,7 +550,7 @@ static void model_update(Model *m) {
                      m->second + x->state, m->grads + x->offset, m->step, x->group, tensor_numel(x),
                      s);
     }
-    trace_op(t, "muon", -1, muon_flops(&m->muon), 0);
+    trace_op(t, "muon", -1, muon_flops(&m->muon), muon_traffic(&m->muon));
     muon_update(&m->muon, &m->matmul, m->masters, working_copy(m, 0), m->grads, m->first, m->second,
                 m->step, s);
     trace_end(t);
@@ -570,6 +575,16 @@ static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *pha
     memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
 }
 
+// The tensor whose gradient was the first not to be finite, NULL: all are. Copies them all to the
+// host, when the run is about to end.
+static const char *find_bad_tensor(const Model *m) {
+    float *grads = (float *)die_alloc(m->table.numel, sizeof *grads, "a copy of the gradients");
+    CUDA_CHECK(cudaMemcpy(grads, m->grads, m->table.numel * sizeof *grads, cudaMemcpyDeviceToHost));
+    const Tensor *bad = table_find_nonfinite(&m->table, grads, true);
+    free(grads);
+    return bad ? bad->name : NULL;
+}
+
 // What the step left in host_step. first: the slot of its first micro-batch.
 static StepResult step_result(const Model *m, const Phase *phase, int first) {
     const StepState *done = m->host_step;
@@ -578,8 +593,7 @@ static StepResult step_result(const Model *m, const Phase *phase, int first) {
     r.loss = done->loss_sum / (double)phase->batch, r.grad_norm = done->grad_norm;
     r.finite = !done->skip;
     r.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
-    if (isfinite(r.loss) && done->bad_tensor >= 0)
-        r.bad_tensor = m->table.tensor[done->bad_tensor].name;
+    if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m);
     int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
     int slot = (first + row / phase->micro_rows) % (m->slots - 1);
     r.origin = m->feed.slot[slot].origin[row % phase->micro_rows];

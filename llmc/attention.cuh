@@ -1,20 +1,6 @@
-// attention.cuh: causal attention with windows and documents, flash forward and backward, on BF16
-// tensor cores (mma.sync: sm_80 and up). For the BF16 build; attention_fp32.cuh is the plain one.
-//
-//     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
-//     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)              j: the keys i sees
-//
-// Query i sees keys first_i .. i, first_i = max(doc_start[i], i - W): itself, at most W before it,
-// none of another document. There is no batch axis: the n tokens lie one behind the other, and rows
-// of the batch are apart because they are different documents. Each head is a problem of its own.
-// Backward, with do = dout and delta_i = do_i . o_i:
-//
-//     dp_ij = do_i . v_j,       ds_ij = p_ij (dp_ij - delta_i),
-//     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i,   dq_i = scale sum_j ds_ij k_j
-//
-// q, k, v, dq, dk, dv are n rows of H heads of D = 64 or 128, ld apart; o and dout too, ldo apart;
-// ld and ldo are multiples of 8. lse and delta are (H, n), FP32. Backward needs q, k, v, o and lse.
-// Left out: fewer heads of k and v than of q, dropout, and storing s and p, which are (n, n).
+// attention.cuh: attention_call.cuh's attention, flash forward and backward, on BF16 tensor cores
+// (mma.sync: sm_80 and up). For the BF16 build; attention_fp32.cuh is the plain one. D is 64 or
+// 128, ld and ldo are multiples of 8.
 //
 // FLASH ATTENTION (Dao et al. 2022). A block of threads holds a tile of queries and walks over the
 // keys a tile at a time; a tile of s lives in registers, only as long as it is needed. But p needs
@@ -55,10 +41,11 @@
 #ifndef LLMC_ATTENTION_CUH
 #define LLMC_ATTENTION_CUH
 
-#include <assert.h>
-#include <math.h>
-#include "llmc/ptx.cuh"  // ldmatrix, ldmatrix_trans, mma, cp_async_16, exp2_fast
-#include "llmc/vec.cuh"  // vec_load
+#include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
+#include "llmc/ptx.cuh"             // ldmatrix, ldmatrix_trans, mma, cp_async_16, exp2_fast
+#include "llmc/vec.cuh"             // vec_load
+
+static_assert(sizeof(floatX) == sizeof(bf16), "the FP32 build has attention_fp32.cuh");
 
 constexpr int ATTENTION_THREADS = 128;
 constexpr int WARP_ROWS = 32;  // of the result, per warp
@@ -67,34 +54,9 @@ constexpr int FORWARD_QUERIES = 128, FORWARD_KEYS = 64;
 constexpr int DQ_QUERIES = 128, DQ_KEYS = 32;
 constexpr int DKV_KEYS = 64, DKV_QUERIES = 32;
 
-// A call's arguments.
-typedef struct {
-    bf16 *o;                // (n) rows of H D, ldo apart; backward reads it
-    float *lse;             // (H, n); backward reads it
-    const bf16 *q, *k, *v;  // (n) rows of H D, ld apart
-    const int *doc_start;   // (n)
-    bf16 *dq, *dk, *dv;     // as q, k, v
-    float *delta;           // (H, n)
-    const bf16 *dout;       // as o
-    int n, H, W, ldo, ld;
-    float scale, scale2;  // scale2 = scale log2 e: exp(scale x) = 2^(scale2 x)
-} Attention;
-
-template <int D> __device__ __forceinline__ void at_head(Attention &a, int head) {
-    int h = head * D;
-    size_t at = (size_t)head * (unsigned)a.n;
-    a.o += h, a.dout += h, a.q += h, a.k += h, a.v += h, a.dq += h, a.dk += h, a.dv += h;
-    a.lse += at, a.delta += at;
-}
-
 __device__ __forceinline__ int lane_id(void) { return (int)(threadIdx.x % WARP); }
 __device__ __forceinline__ int warp_id(void) {  // the compiler must see that lanes have the same
     return __shfl_sync(FULL_WARP, (int)(threadIdx.x / WARP), 0);
-}
-
-// The first key that query i sees. Never falls as i rises.
-__device__ __forceinline__ int first_key(const Attention &a, int i) {
-    return max(a.doc_start[i], i - a.W);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -287,6 +249,36 @@ __device__ __forceinline__ void key_stage_load(KeyStage<D, KEYS> &stage, const A
     tile_load<D, KEYS>(stage.v, a.v, k0, a.n, a.ld);
 }
 
+// A block that holds queries, and its walk over the key tiles they see.
+typedef struct {
+    int q0, w;         // the block's first query; where in the block this warp's begin
+    int t1, t0;        // from the tile of the block's last query down to that of its first key
+    const int *first;  // first_key of this warp's queries
+} Walk;
+
+// Starts the copy of tile t1.
+template <int QUERIES, int D, int KEYS>
+__device__ __forceinline__ Walk walk_begin(Attention &a, int *first /* (QUERIES) */,
+                                           KeyStage<D, KEYS> *stage) {
+    static_assert(QUERIES == ATTENTION_THREADS, "each thread fills in first of a query");
+    int q0 = (int)(gridDim.y - 1 - blockIdx.y) * QUERIES, w = warp_id() * WARP_ROWS;
+    int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
+    at_head(a, (int)blockIdx.x);
+    key_stage_load(stage[t1 & 1], a, t1 * KEYS);
+    first[threadIdx.x] = first_key(a, min(q0 + (int)threadIdx.x, a.n - 1));
+    return {q0, w, t1, t0, first + w};
+}
+
+// Waits for tile t and starts the copy of t - 1. Returns what this warp sees of t.
+template <int D, int KEYS>
+__device__ __forceinline__ Sight walk_to(const Attention &a, const Walk &walk,
+                                         KeyStage<D, KEYS> *stage, int t) {
+    cp_async_wait();
+    __syncthreads();  // tile t has landed, and nobody reads t + 1 any more
+    if (t > walk.t0) key_stage_load(stage[(t - 1) & 1], a, (t - 1) * KEYS);
+    return sight_of_keys<KEYS>(walk.first, walk.q0 + walk.w, t * KEYS);
+}
+
 template <int D> struct ForwardShared {
     bf16 q[FORWARD_QUERIES * D];
     KeyStage<D, FORWARD_KEYS> stage[2];
@@ -304,31 +296,23 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     extern __shared__ __align__(1024) unsigned char memory[];
     ForwardShared<D> &shared = *reinterpret_cast<ForwardShared<D> *>(memory);
 
-    int q0 = (int)(gridDim.y - 1 - blockIdx.y) * QUERIES;
-    int w = warp_id() * WARP_ROWS, lane = lane_id();
-    at_head<D>(a, (int)blockIdx.x);
-    int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
+    Walk walk = walk_begin<QUERIES>(a, shared.first, shared.stage);
+    int q0 = walk.q0, w = walk.w, lane = lane_id();
     tile_load<D, QUERIES>(shared.q, a.q, q0, a.n, a.ld);
-    key_stage_load(shared.stage[t1 & 1], a, t1 * KEYS);
-    shared.first[threadIdx.x] = first_key(a, min(q0 + (int)threadIdx.x, a.n - 1));
 
-    const int *first = shared.first + w;
     unsigned q = lane_down<D>(shared.q + w * D);
     float largest[4], sum[4], out[2][D / 8][4];
     clear_rows<D>(out);
 #pragma unroll
     for (int r = 0; r < 4; r++) largest[r] = -INFINITY, sum[r] = 0;
 
-    for (int t = t1; t >= t0; t--) {
-        KeyStage<D, KEYS> &stage = shared.stage[t & 1];
-        cp_async_wait();
-        __syncthreads();  // tile t has landed, and nobody reads t + 1 any more
-        if (t > t0) key_stage_load(shared.stage[(t - 1) & 1], a, (t - 1) * KEYS);
-        Sight sight = sight_of_keys<KEYS>(first, q0 + w, t * KEYS);
+    for (int t = walk.t1; t >= walk.t0; t--) {
+        const KeyStage<D, KEYS> &stage = shared.stage[t & 1];
+        Sight sight = walk_to(a, walk, shared.stage, t);
         if (sight == SEES_NOTHING) continue;
         float s[2][KEYS / 8][4];
         multiply_rows<D, KEYS>(s, q, lane_across<D>(stage.k));
-        if (sight == SEES_SOME) mask_keys<KEYS>(s, first, q0 + w, t * KEYS);
+        if (sight == SEES_SOME) mask_keys<KEYS>(s, walk.first, q0 + w, t * KEYS);
         follow_maximum<D, KEYS>(largest, sum, out, s, a.scale2);
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++) {
@@ -398,17 +382,12 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     extern __shared__ __align__(1024) unsigned char memory[];
     DqShared<D> &shared = *reinterpret_cast<DqShared<D> *>(memory);
 
-    int q0 = (int)(gridDim.y - 1 - blockIdx.y) * QUERIES;
-    int w = warp_id() * WARP_ROWS, lane = lane_id();
-    at_head<D>(a, (int)blockIdx.x);
-    int t0 = first_key(a, q0) / KEYS, t1 = (min(q0 + QUERIES, a.n) - 1) / KEYS;
+    Walk walk = walk_begin<QUERIES>(a, shared.first, shared.stage);
+    int q0 = walk.q0, w = walk.w, lane = lane_id();
     tile_load<D, QUERIES>(shared.q, a.q, q0, a.n, a.ld);
     tile_load<D, QUERIES>(shared.dout, a.dout, q0, a.n, a.ldo);
-    key_stage_load(shared.stage[t1 & 1], a, t1 * KEYS);
-    shared.first[threadIdx.x] = first_key(a, min(q0 + (int)threadIdx.x, a.n - 1));
     warp_delta<D>(shared.delta + w, a, q0 + w);
 
-    const int *first = shared.first + w;
     unsigned q = lane_down<D>(shared.q + w * D), dout = lane_down<D>(shared.dout + w * D);
     float lse2[4], delta[4], factor[4], out[2][D / 8][4];
     clear_rows<D>(out);
@@ -420,17 +399,14 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
         factor[r] = a.scale;
     }
 
-    for (int t = t1; t >= t0; t--) {
-        KeyStage<D, KEYS> &stage = shared.stage[t & 1];
-        cp_async_wait();
-        __syncthreads();  // tile t has landed, and nobody reads t + 1 any more
-        if (t > t0) key_stage_load(shared.stage[(t - 1) & 1], a, (t - 1) * KEYS);
-        Sight sight = sight_of_keys<KEYS>(first, q0 + w, t * KEYS);
+    for (int t = walk.t1; t >= walk.t0; t--) {
+        const KeyStage<D, KEYS> &stage = shared.stage[t & 1];
+        Sight sight = walk_to(a, walk, shared.stage, t);
         if (sight == SEES_NOTHING) continue;
         float s[2][KEYS / 8][4], dp[2][KEYS / 8][4];
         multiply_rows<D, KEYS>(s, q, lane_across<D>(stage.k));
         multiply_rows<D, KEYS>(dp, dout, lane_across<D>(stage.v));
-        if (sight == SEES_SOME) mask_keys<KEYS>(s, first, q0 + w, t * KEYS);
+        if (sight == SEES_SOME) mask_keys<KEYS>(s, walk.first, q0 + w, t * KEYS);
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++) {
             unsigned ds[2][4];
@@ -599,7 +575,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, D == 128 ? 2 : 3)
     int k0 = (int)blockIdx.y * KEYS, lane = lane_id();
     int pair = warp_id() % DKV_PAIRS, second = warp_id() / DKV_PAIRS;
     int w0 = k0 + pair * WARP_ROWS, t0 = k0 / QUERIES;
-    at_head<D>(a, (int)blockIdx.x);
+    at_head(a, (int)blockIdx.x);
     tile_load<D, KEYS>(shared.kv[0], a.k, k0, a.n, a.ld);
     tile_load<D, KEYS>(shared.kv[1], a.v, k0, a.n, a.ld);
     query_stage_load(shared.stage[(unsigned)t0 % DKV_STAGES], a, t0 * QUERIES);
@@ -644,57 +620,27 @@ static inline void attention_launch(void (*kernel)(Attention), size_t shared, in
     CUDA_LAUNCHED();
 }
 
-template <int D> static inline void attention_launch_forward(const Attention &a, cudaStream_t s) {
-    attention_launch(attention_forward_kernel<D>, sizeof(ForwardShared<D>), FORWARD_QUERIES, a, s);
+inline void attention_run_forward(const Attention &a, cudaStream_t s) {
+    assert(a.D == 64 || a.D == 128);
+    if (a.D == 128)
+        attention_launch(attention_forward_kernel<128>, sizeof(ForwardShared<128>), FORWARD_QUERIES,
+                         a, s);
+    else
+        attention_launch(attention_forward_kernel<64>, sizeof(ForwardShared<64>), FORWARD_QUERIES,
+                         a, s);
 }
+
 template <int D> static inline void attention_launch_backward(const Attention &a, cudaStream_t s) {
     attention_launch(attention_dq_kernel<D>, sizeof(DqShared<D>), DQ_QUERIES, a, s);
     attention_launch(attention_dkv_kernel<D>, sizeof(DkvShared<D>), DKV_KEYS, a, s);
 }
 
-static inline Attention attention_of(const bf16 *q, const bf16 *k, const bf16 *v,
-                                     const int *doc_start, int n, int H, int D, int W, int ldo,
-                                     int ld) {
-    Attention a = {};
-    assert(D == 64 || D == 128);
-    a.q = q, a.k = k, a.v = v, a.doc_start = doc_start;
-    a.n = n, a.H = H, a.W = min(W, n), a.ldo = ldo, a.ld = ld;
-    a.scale = 1.44f / sqrtf((float)D), a.scale2 = a.scale * LOG2_E;
-    return a;
-}
-
-static inline void attention_forward(bf16 *o,        // (n) rows of H D, ldo apart
-                                     float *lse,     // (H, n)
-                                     const bf16 *q,  // (n) rows of H D, ld apart; so k, v
-                                     const bf16 *k, const bf16 *v,
-                                     const int *doc_start,  // (n)
-                                     int n, int H, int D, int W, int ldo, int ld,
-                                     cudaStream_t stream) {
-    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
-    a.o = o, a.lse = lse;
-    if (D == 128)
-        attention_launch_forward<128>(a, stream);
+inline void attention_run_backward(const Attention &a, cudaStream_t s) {
+    assert(a.D == 64 || a.D == 128);
+    if (a.D == 128)
+        attention_launch_backward<128>(a, s);
     else
-        attention_launch_forward<64>(a, stream);
-}
-
-static inline void attention_backward(bf16 *dq,  // (n) rows of H D, ld apart; so dk, dv, q, k, v
-                                      bf16 *dk, bf16 *dv,
-                                      float *delta,      // (H, n), scratch
-                                      const bf16 *dout,  // (n) rows of H D, ldo apart; so o
-                                      const bf16 *o,
-                                      const float *lse,  // (H, n)
-                                      const bf16 *q, const bf16 *k, const bf16 *v,
-                                      const int *doc_start,  // (n)
-                                      int n, int H, int D, int W, int ldo, int ld,
-                                      cudaStream_t stream) {
-    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
-    a.o = (bf16 *)o, a.lse = (float *)lse;  // only read
-    a.dq = dq, a.dk = dk, a.dv = dv, a.delta = delta, a.dout = dout;
-    if (D == 128)
-        attention_launch_backward<128>(a, stream);
-    else
-        attention_launch_backward<64>(a, stream);
+        attention_launch_backward<64>(a, s);
 }
 
 #endif

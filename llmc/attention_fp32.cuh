@@ -1,51 +1,16 @@
-// attention_fp32.cuh: causal attention with windows and documents, plainly, in FP32: for the build
-// that is held against the CPU. attention.cuh is the fast one, and tells how it all hangs together.
+// attention_fp32.cuh: attention_call.cuh's attention, plainly, in FP32: for the build that is held
+// against the CPU. attention.cuh is the fast one.
 //
-//     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
-//     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)     j: max(doc_start[i], i - W) .. i
-// backward, with do = dout:
-//     dp_ij = do_i . v_j,   delta_i = do_i . o_i,   ds_ij = p_ij (dp_ij - delta_i),
-//     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i,   dq_i = scale sum_j ds_ij k_j
-//
-// q, k, v, dq, dk, dv are n rows of H heads of D, ld apart; o and dout the same, ldo apart; lse and
-// delta are (H, n). D is at most 256. A warp does one row of one head: of queries for o and dq, of
-// keys for dk and dv. Lane l has the numbers l, l + 32, .. of each row of D; a dot product ends in
-// a sum over the warp. Everything is read from global memory, where caches hold it.
+// D is at most 256. A warp does one row of one head: of queries for o and dq, of keys for dk and
+// dv. Lane l has the numbers l, l + 32, .. of each row of D; a dot product ends in a sum over the
+// warp. Everything is read from global memory, where caches hold it.
 #ifndef LLMC_ATTENTION_FP32_CUH
 #define LLMC_ATTENTION_FP32_CUH
 
-#include <assert.h>
-#include <math.h>
-
-#include "llmc/cuda_common.cuh"  // warp_sum
+#include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
 
 constexpr int ATTENTION_WARPS = 8;  // rows a block does, neighbours of one head
 constexpr int ATTENTION_MAX_D = 256;
-
-// A call's arguments.
-typedef struct {
-    float *o, *lse;          // (n) rows of H D, ldo apart; (H, n)
-    const float *q, *k, *v;  // (n) rows of H D, ld apart
-    const int *doc_start;    // (n)
-    float *dq, *dk, *dv;     // as q, k, v
-    float *delta;            // (H, n)
-    const float *dout;       // as o
-    int n, H, D, W, ldo, ld;
-    float scale;
-} Attention;
-
-// Moves the pointers to a head.
-__device__ __forceinline__ void at_head(Attention &a, int head) {
-    int h = head * a.D;
-    size_t at = (size_t)head * (unsigned)a.n;
-    a.o += h, a.dout += h, a.q += h, a.k += h, a.v += h, a.dq += h, a.dk += h, a.dv += h;
-    a.lse += at, a.delta += at;
-}
-
-// The first key that query i sees. Never falls as i rises.
-__device__ __forceinline__ int first_key(const Attention &a, int i) {
-    return max(a.doc_start[i], i - a.W);
-}
 
 // The row of this warp, n or more if there is none.
 __device__ __forceinline__ int warp_row(int H) {
@@ -181,54 +146,25 @@ template <int N> static inline void attention_launch_backward(const Attention &a
     attention_launch(attention_dkv_kernel<N>, a, s);
 }
 
-static inline Attention attention_of(const float *q, const float *k, const float *v,
-                                     const int *doc_start, int n, int H, int D, int W, int ldo,
-                                     int ld) {
-    Attention a = {};
-    assert(D <= ATTENTION_MAX_D);
-    a.q = q, a.k = k, a.v = v, a.doc_start = doc_start;
-    a.n = n, a.H = H, a.D = D, a.W = min(W, n), a.ldo = ldo, a.ld = ld;
-    a.scale = 1.44f / sqrtf((float)D);
-    return a;
-}
-
-static inline void attention_forward(float *o,        // (n) rows of H D, ldo apart
-                                     float *lse,      // (H, n)
-                                     const float *q,  // (n) rows of H D, ld apart; so k, v
-                                     const float *k, const float *v,
-                                     const int *doc_start,  // (n)
-                                     int n, int H, int D, int W, int ldo, int ld,
-                                     cudaStream_t stream) {
-    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
-    a.o = o, a.lse = lse;
-    if (D <= 32)
+inline void attention_run_forward(const Attention &a, cudaStream_t stream) {
+    assert(a.D <= ATTENTION_MAX_D);
+    if (a.D <= 32)
         attention_launch(attention_forward_kernel<1>, a, stream);
-    else if (D <= 64)
+    else if (a.D <= 64)
         attention_launch(attention_forward_kernel<2>, a, stream);
-    else if (D <= 128)
+    else if (a.D <= 128)
         attention_launch(attention_forward_kernel<4>, a, stream);
     else
         attention_launch(attention_forward_kernel<8>, a, stream);
 }
 
-static inline void attention_backward(float *dq,  // (n) rows of H D, ld apart; so dk, dv, q, k, v
-                                      float *dk, float *dv,
-                                      float *delta,       // (H, n), scratch
-                                      const float *dout,  // (n) rows of H D, ldo apart; so o
-                                      const float *o,
-                                      const float *lse,  // (H, n)
-                                      const float *q, const float *k, const float *v,
-                                      const int *doc_start,  // (n)
-                                      int n, int H, int D, int W, int ldo, int ld,
-                                      cudaStream_t stream) {
-    Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
-    a.o = (float *)o, a.lse = (float *)lse;  // only read
-    a.dq = dq, a.dk = dk, a.dv = dv, a.delta = delta, a.dout = dout;
-    if (D <= 32)
+inline void attention_run_backward(const Attention &a, cudaStream_t stream) {
+    assert(a.D <= ATTENTION_MAX_D);
+    if (a.D <= 32)
         attention_launch_backward<1>(a, stream);
-    else if (D <= 64)
+    else if (a.D <= 64)
         attention_launch_backward<2>(a, stream);
-    else if (D <= 128)
+    else if (a.D <= 128)
         attention_launch_backward<4>(a, stream);
     else
         attention_launch_backward<8>(a, stream);

@@ -6,15 +6,20 @@
 // a is (rows, Vp) of floatX, of which the columns from V on are padding: they take no part, and
 // their gradient is 0. da takes a's place. losses are (rows), targets (rows), each of 0 .. V-1.
 //
-// With q = 1 / (e^(2a/15) + 1) is z = 15 - 30 q, so that for each logit
+// tanh(u) = 1 - 2 / (e^(2u) + 1). So for each logit one number q = 1 / (e^(2a/15) + 1), in 0 .. 1,
+// gives all that is asked for:
 //
-//     e^(z-15) = e^(-30 q)  in 0 .. 1: no maximum is looked for,      1 - (z/15)^2 = 4 q (1 - q)
+//     z = 15 - 30 q,      e^(z-15) = e^(-30 q),      1 - (z/15)^2 = 4 q (1 - q)
 //
-// take two exponentials and a reciprocal (the special units do 16 a clock and SM, which at 4 TB/s
-// is 3.5 a logit of BF16). A block takes a row: it reads the logits, sums up e^(z-15), and keeps
-// e^(z-15) q (1-q) of each in shared memory; the sum known, it multiplies that by 4 scale / sum.
-// Where shared memory is too small, the row itself keeps it. The target's own gradient, in which
-// much may cancel, is computed apart. In FP32 throughout; kept numbers are rounded to floatX.
+// As |z| <= 15, e^(z-15) lies in e^-30 .. 1: it neither overflows nor vanishes, and the row's
+// maximum, which a softmax without a cap must find first, is not needed. A logit takes two
+// exponentials and a reciprocal (the special units do 16 a clock and SM, which at 4 TB/s is 3.5 a
+// logit of BF16).
+//
+// A block takes a row: it reads the logits, sums up e^(z-15), and keeps e^(z-15) q (1-q) of each in
+// shared memory; the sum known, it multiplies that by 4 scale / sum. Where shared memory is too
+// small, the row itself keeps it. The target's own gradient, in which much may cancel, is computed
+// apart. In FP32 throughout; kept numbers are rounded to floatX.
 //
 // Moved: 2 Vp of floatX a row. V 50257 in BF16 takes 100 KB of shared memory: two blocks an SM.
 #ifndef LLMC_CLASSIFIER_CUH

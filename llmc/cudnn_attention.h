@@ -1,14 +1,14 @@
-// cudnn_attention.h: attention by cuDNN, for the BF16 build (make USE_CUDNN=1). attention.cuh has
-// the formulas. Pointers and strides are the same, but
+// cudnn_attention.h: attention by cuDNN, for the BF16 build (make USE_CUDNN=1).
+// attention_call.cuh has the formulas. Pointers and strides are the same, but
 //
 //   - the n tokens are n/T rows of T, T a multiple of 128, and each row is one document: a mask
-//     within rows is not built (cudnn_attention_check says so to the user). For samples, which are
-//     shorter than a row and of a new length each time, attention.cuh is still needed.
+//     within rows is not built (cudnn_attention_check says so to the user). For samples and the
+//     last rows of a validation, which no plan is made for, attention.cuh is still needed.
 //   - lse, which only backward reads, is (n/T, H, T), not (H, n).
 //   - work memory comes from the caller; cudnn_attention_bytes tells how much.
 //
-// cuDNN plans each new shape once, which takes a while: pass every shape to cudnn_attention_bytes
-// at the start. What is planned can be captured in a CUDA graph.
+// cuDNN plans each new shape once, which takes a while: at the start, as cudnn_attention_bytes is
+// asked for every shape of the run. What is planned can be captured in a CUDA graph.
 //
 // DETERMINISM. cuDNN adds up dq in no fixed order, unless it may write all of ds (n/T, H, T, T) to
 // memory, in BF16. Given that much room (deterministic_bytes) it does; else two runs of the same
@@ -31,7 +31,7 @@ void cudnn_attention_free(CudnnAttention *a);
 // Leaves with EXIT_USAGE when cuDNN can not do what the flags say.
 void cudnn_attention_check(int T, bool doc_mask);
 
-// Work memory for both passes of this shape.
+// Plans both passes of this shape. Returns the work memory that serves it and all shapes before.
 size_t cudnn_attention_bytes(CudnnAttention *a, int n, int T, int H, int D, int W, int ldo, int ld);
 
 void cudnn_attention_forward(CudnnAttention *a,

@@ -5,9 +5,10 @@
 // the ranks and micro-steps, and B may change from call to call. Every rank plans all rows, which
 // takes lengths only, and copies its own.
 //
-// The thread's work, by urgency: copy a planned row that is this rank's; plan a row, up to 4 calls
-// ahead; scan a part of the next shard. It never prints. What it finds wrong waits until the caller
-// gets to the row that is missing, so the program ends at the same row each time.
+// The thread's work, by urgency: copy a planned row that is this rank's; plan a row, as long as
+// those ahead are fewer than 4 calls take, or 64; scan a part of the next shard. What it finds
+// wrong in the data waits until the caller gets to the row that is missing, so the program ends at
+// the same row each time.
 // Memory: rows.h's, and 2(T+1) bytes for each row ahead.
 //
 // State to save, 32 bytes: {seed, epoch, row, fingerprint}; loader_describe gives the names behind

@@ -21,7 +21,7 @@ enum {
     EXIT_COMM = 6,        // communication between ranks, or its timeout
     EXIT_DEVICE = 7,      // no GPU, driver, device memory, architecture
     EXIT_DOWNLOAD = 8,    // a download failed
-    EXIT_PREEMPTED = 75,  // told to stop, saved, can go on
+    EXIT_PREEMPTED = 75,  // told to stop; saved, if there is an --out
 };
 
 static int die_rank = -1;  // set by a program with several ranks; -1: do not print one

@@ -175,8 +175,8 @@ static inline cublasLtMatmulAlgo_t matmul_choose(Matmul *m, MatmulWords *w, cons
     return found.algo;
 }
 
-// The algorithm for a shape. A table half full starts anew: a sample, one token longer each time,
-// brings new shapes without end.
+// The algorithm for a shape. A table half full starts anew: samples, whose lengths are multiples of
+// 128, bring more shapes than that where rows are very long.
 static inline const cublasLtMatmulAlgo_t *matmul_plan(Matmul *m, MatmulWords *w,
                                                       const MatmulShape *s) {
     uint64_t hash = 14695981039346656037u;  // FNV-1a

@@ -107,23 +107,25 @@ static inline Config config_from_flags(const Flags *f, int vocab, int bos) {
 // ---------------------------------------------------------------------------------------------
 // The table of parameters.
 
-// One name for each role a tensor can play; those of a layer come once per layer.
+// One name for each role a tensor can play, in the order in which forward comes to them; those of a
+// layer come once per layer, of the first two an element.
 typedef enum {
     WTE,
     SMEAR_GATE,
     SMEAR_LAMBDA,
+    X0_LAMBDA,
+    RESID_LAMBDA,
+    VE_GATE,
+    VALUE_EMBED,
     WQ,
     WK,
     WV,
     WO,
     WFC,
     WPROJ,
-    VE_GATE,
-    VALUE_EMBED,
-    RESID_LAMBDA,
-    X0_LAMBDA,
     BACKOUT_LAMBDA,
     LM_HEAD,
+    ROLE_COUNT,
 } Role;
 
 // Groups share an optimizer and its numbers (schedule.h).
@@ -277,12 +279,29 @@ static inline const Tensor *table_find(const Table *t, Role role, int layer) {
     return NULL;
 }
 
-// The first tensor of an arena with an element that is not finite, or NULL.
-static inline const Tensor *table_find_nonfinite(const Table *t, const float *arena /* (numel) */) {
+// A number that grows as forward goes from element to element, and falls as backward makes their
+// gradients: by layer, and by role in a layer.
+static inline int tensor_place(const Tensor *x, size_t element) {
+    int layer = x->role == RESID_LAMBDA || x->role == X0_LAMBDA ? (int)element
+                : x->role >= BACKOUT_LAMBDA                     ? MODEL_MAX_LAYERS
+                                                                : x->layer;
+    return layer * ROLE_COUNT + (int)x->role;
+}
+
+// The tensor of an arena in which something not finite arose: of those with such an element the
+// first that forward comes to, or, for gradients, backward, as one spoils all behind it. NULL: none.
+static inline const Tensor *table_find_nonfinite(const Table *t, const float *arena /* (numel) */,
+                                                 bool backward) {
+    const Tensor *found = NULL;
+    int first = 0;
     for (int i = 0; i < t->count; i++)
-        for (size_t e = 0; e < tensor_numel(&t->tensor[i]); e++)
-            if (!isfinite(arena[t->tensor[i].offset + e])) return &t->tensor[i];
-    return NULL;
+        for (size_t e = 0; e < tensor_numel(&t->tensor[i]); e++) {
+            if (isfinite(arena[t->tensor[i].offset + e])) continue;
+            int place = tensor_place(&t->tensor[i], e);
+            if (!found || (backward ? place > first : place < first))
+                found = &t->tensor[i], first = place;
+        }
+    return found;
 }
 
 // Fills the parameters (arena of t->numel elements) from (seed, tensor's index, element) alone, so

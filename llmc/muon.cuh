@@ -72,16 +72,23 @@ typedef struct {
 // ---------------------------------------------------------------------------------------------
 // Kernels of a chunk of matrices (R, K). A warp takes a row; row counts on through the chunk.
 
+// This warp's row, and where it begins in the arenas.
+__device__ __forceinline__ int muon_row(void) {
+    return (int)blockIdx.x * MUON_ROWS + (int)threadIdx.x / WARP;
+}
+__device__ __forceinline__ size_t muon_row_offset(const MuonMatrix *matrix, int row, int R, int K) {
+    return matrix[row / R].offset + (size_t)(row % R) * K;
+}
+
 // Step 1: buf, and the squares of each row of X.
 [[maybe_unused]] static __global__ void __launch_bounds__(MUON_THREADS)
     muon_momentum_kernel(double *squares,     // (rows)
                          float *first,        // arena: buf
                          const float *grads,  // arena
                          const MuonMatrix *matrix, const StepState *step, int rows, int R, int K) {
-    int row = (int)blockIdx.x * MUON_ROWS + (int)threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP;
+    int row = muon_row(), lane = (int)threadIdx.x % WARP;
     if (row >= rows || step->skip) return;
-    size_t at = matrix[row / R].offset + (size_t)(row % R) * K;
+    size_t at = muon_row_offset(matrix, row, R, K);
     float mu = step->momentum, scale = step->grad_scale;
     double sum = 0;
     for (int k = VEC * lane; k < K; k += VEC * WARP) {
@@ -125,10 +132,9 @@ typedef struct {
                       const float *first,   // arena: buf
                       const float *grads,   // arena
                       const MuonMatrix *matrix, const StepState *step, int rows, int R, int K) {
-    int row = (int)blockIdx.x * MUON_ROWS + (int)threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP;
+    int row = muon_row(), lane = (int)threadIdx.x % WARP;
     if (row >= rows || step->skip) return;
-    size_t at = matrix[row / R].offset + (size_t)(row % R) * K;
+    size_t at = muon_row_offset(matrix, row, R, K);
     float mu = step->momentum, scale = step->grad_scale, f = factor[row];
     for (int k = VEC * lane; k < K; k += VEC * WARP) {
         float g[VEC], buf[VEC];
@@ -144,8 +150,7 @@ typedef struct {
     muon_row_squares_kernel(double *squares,  // (rows)
                             const floatX *x,  // (rows, K)
                             const StepState *step, int rows, int K) {
-    int row = (int)blockIdx.x * MUON_ROWS + (int)threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP;
+    int row = muon_row(), lane = (int)threadIdx.x % WARP;
     if (row >= rows || step->skip) return;
     float sum = 0;
     for (int k = VEC * lane; k < K; k += VEC * WARP) {
@@ -218,10 +223,9 @@ typedef struct {
                       const float *factor,  // (rows) where R >= K, else (batch, K)
                       const MuonMatrix *matrix, const StepState *step, float lr_scale, int rows,
                       int R, int K) {
-    int row = (int)blockIdx.x * MUON_ROWS + (int)threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP;
+    int row = muon_row(), lane = (int)threadIdx.x % WARP;
     if (row >= rows || step->skip) return;
-    size_t at = matrix[row / R].offset + (size_t)(row % R) * K;
+    size_t at = muon_row_offset(matrix, row, R, K);
     float lr = step->lr * lr_scale, decay = lr * step->wd;
     for (int k = VEC * lane; k < K; k += VEC * WARP) {
         float xk[VEC], w[VEC], f[VEC];
@@ -341,6 +345,21 @@ static inline double muon_flops(const Muon *m) {
         if (!s->gate) flops += MUON_POLAR_STEPS * s->count * side * side * (4 * lines + 2 * side);
     }
     return flops;
+}
+
+// Bytes that an update must move: those of the passes over each element, as at the top, and those
+// of the products: X; A; A, A's polynomial; that, X, the new X.
+static inline double muon_traffic(const Muon *m) {
+    const double X = sizeof(floatX), copy = X < 4 ? X : 0;
+    double bytes = 0;
+    for (int i = 0; i < m->shapes; i++) {
+        const MuonShape *s = &m->shape[i];
+        double side = fmin(s->R, s->K), all = (double)s->R * s->K;
+        double passes = s->gate ? 20 + copy : 12 + (8 + X) + X + (X + 8 + copy);
+        double products = s->gate ? 0 : X * (int)MUON_POLAR_STEPS * (3 * all + 4 * side * side);
+        bytes += s->count * (passes * all + products);
+    }
+    return bytes;
 }
 
 // Steps 1, 2 and the division of step 3, on matrices from .. from + batch - 1 of a shape: buf and

@@ -2,7 +2,7 @@
 // matrices so narrow that one block holds one: the value gates (H, 12).
 //
 // w, G, buf, X (R, K), min(R, K) <= 12; s (max(R, K)). X lies in shared memory twice, A and
-// b A + c A^2 (side, side) beside it, side = min(R, K): 2.5 KB for 24 heads. Everything is FP32 in
+// b A + c A^2 (side, side) beside it, side = min(R, K): 3.4 KB for 24 heads. Everything is FP32 in
 // both builds, squares are added in double. Here a thread takes an element or a line, a step at a
 // time; llmc/muon.cuh does the same to large matrices.
 #ifndef LLMC_MUON_GATE_CUH

@@ -1,6 +1,6 @@
 // relu2.cuh: the nonlinearity of the MLP, ReLU^2 (Primer, So et al. 2021):
 //
-//     y = relu(x)^2,    dx = 2 relu(x) dy
+//     y = relu(x)^2,    dx = 2 relu(x) dy        relu(x) is x unless x <= 0: NaN stays NaN
 //
 // All are arrays of `count` elements, count % 8 == 0. Only x is kept: backward makes y again in the
 // pass that makes dx, for the gradient of the matrix that y goes into. Moved per element, of
@@ -16,7 +16,7 @@ static __global__ void relu2_forward_kernel(floatX *y, const floatX *x, size_t c
     Channels a;
     channels_load(a, x + at, here);
 #pragma unroll
-    for (int i = 0; i < CHANNELS_HELD; i++) a[i] = a[i] > 0 ? a[i] * a[i] : 0;
+    for (int i = 0; i < CHANNELS_HELD; i++) a[i] = a[i] <= 0 ? 0 : a[i] * a[i];
     channels_store(y + at, a, here);
 }
 
@@ -28,8 +28,8 @@ static __global__ void relu2_backward_kernel(floatX *dx, floatX *y, const floatX
     channels_load(d, dx + at, here);
 #pragma unroll
     for (int i = 0; i < CHANNELS_HELD; i++) {
-        d[i] = a[i] > 0 ? 2 * a[i] * d[i] : 0;
-        a[i] = a[i] > 0 ? a[i] * a[i] : 0;
+        d[i] = a[i] <= 0 ? 0 : 2 * a[i] * d[i];
+        a[i] = a[i] <= 0 ? 0 : a[i] * a[i];
     }
     channels_store(dx + at, d, here);
     channels_store(y + at, a, here);

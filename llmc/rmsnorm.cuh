@@ -3,9 +3,10 @@
 //     y = N(x) = r x,   r = 1 / sqrt(mean(x^2) + 2^-23),   over the C channels of each token
 //     dx = r (dy - y mean(dy y))
 //
-// x, y and their gradients are (n, C), r is (n). Backward needs y and r, not x. Moved per token, of
-// floatX: forward 2C, backward 3C. llmc/residual.cuh has the norms that come
-// with a sum, llmc/rotary.cuh those of q and k.
+// x, y and their gradients are (n, C), r is (n). Backward needs y and r, not x; it moves 3C of
+// floatX per token. Forward always comes with something else: with a sum in llmc/residual.cuh
+// (residual_norm_forward and others), with the table in llmc/embed.cuh; norms of q and k are in
+// llmc/rotary.cuh.
 #ifndef LLMC_RMSNORM_CUH
 #define LLMC_RMSNORM_CUH
 
@@ -27,20 +28,6 @@ __device__ __forceinline__ void norm_backward_token(Channels &d, const Channels 
 }
 
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    norm_forward_kernel(floatX *y, float *r, const floatX *x, int n, int C) {
-    for (int t = token_first(); t < n; t += token_step()) {
-        size_t at = (size_t)t * C;
-        Channels v;
-        channels_load(v, x + at, C);
-        float factor = norm_factor(v, C);
-#pragma unroll
-        for (int i = 0; i < CHANNELS_HELD; i++) v[i] *= factor;
-        channels_store(y + at, v, C);
-        if (threadIdx.x == 0) r[t] = factor;
-    }
-}
-
-static __global__ void __launch_bounds__(CHANNELS_THREADS)
     norm_backward_kernel(floatX *dx, const floatX *dy, const floatX *y, const float *r, int n,
                          int C) {
     for (int t = token_first(); t < n; t += token_step()) {
@@ -51,15 +38,6 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
         norm_backward_token(d, g, v, r[t], C);
         channels_store(dx + at, d, C);
     }
-}
-
-static inline void norm_forward(floatX *y,        // (n, C)
-                                float *r,         // (n), kept for backward
-                                const floatX *x,  // (n, C)
-                                int n, int C, cudaStream_t stream) {
-    TokenLaunch l = token_launch(n, C, 2);
-    norm_forward_kernel<<<l.grid, l.block, 0, stream>>>(y, r, x, n, C);
-    CUDA_LAUNCHED();
 }
 
 static inline void norm_backward(floatX *dx,        // (n, C), may be dy

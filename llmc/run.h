@@ -70,7 +70,7 @@ void model_state_free(Model *, ModelState);
 typedef struct {
     double loss, grad_norm;
     bool finite;             // both of them
-    const char *bad_tensor;  // first whose gradient is not finite; NULL: none, or the loss is it
+    const char *bad_tensor;  // whose gradient was the first not to be; NULL: none, or the loss was
     int64_t bad_row;         // first of the step's rows whose loss is not finite, or -1
     LoaderOrigin origin;     // of that row, else of the step's first
     LoaderState at;          // the loader behind the step's rows (it may have been read ahead)
@@ -298,12 +298,13 @@ static inline void run_sample(Run *r) {
 // NaN or Inf has not reached the weights, and must not: ends the run, and says where it was first.
 static inline void run_require_finite(const Run *r, const StepResult *s) {
     if (s->finite) return;
-    char row[40] = "the step";
-    if (s->bad_row >= 0) snprintf(row, sizeof row, "row %lld of the step", (long long)s->bad_row);
-    const Tensor *bad = table_find_nonfinite(&r->table, model_download(r->model).params);
+    char row[48] = "the step's rows begin";
+    if (s->bad_row >= 0)
+        snprintf(row, sizeof row, "row %lld of the step begins", (long long)s->bad_row);
+    const Tensor *bad = table_find_nonfinite(&r->table, model_download(r->model).params, false);
     die(EXIT_NONFINITE,
-        "step %lld: found loss %g and gradient norm %g, first in %s; %s begins in %s at token "
-        "%llu; the weights are as before the step%s%s",
+        "step %lld: found loss %g and gradient norm %g, first in %s; %s in %s at token %llu; "
+        "the weights are as before the step%s%s",
         (long long)r->step, fabs(s->loss), fabs(s->grad_norm),
         s->bad_tensor ? s->bad_tensor : "the loss", row, s->origin.path,
         (unsigned long long)s->origin.token, bad ? ", where the first that is not finite is " : "",
@@ -363,7 +364,7 @@ static inline int run_train(Run *r) {
     if (asked != STOP_END) return EXIT_OK;
     printf("stopped behind step %lld, as asked; %s\n", (long long)r->step,
            *f->out ? "it is saved, and --resume auto goes on from it"
-                   : "nothing is saved, since there is no --out");
+                   : "nothing is saved, since there is no --out to go on from");
     return EXIT_PREEMPTED;
 }
 

@@ -40,7 +40,6 @@ typedef struct {
     float grad_scale;  // what clipping multiplies the gradient by
     int skip;          // loss or gradient is not finite: no update
     int bad_row;       // first row with a loss that is not finite, else INT_MAX (loss_reduce)
-    int bad_tensor;    // first of the table with a gradient that is not finite, else -1
 } StepState;
 
 // The numbers of step `it` = 0, 1, ...; what the device makes is reset.
@@ -64,7 +63,7 @@ static inline void step_numbers(StepState *s, const Plan *plan, const Flags *f, 
         a->beta1 = (float)k.beta1, a->beta2 = (float)k.beta2, a->eps = (float)k.eps;
     }
     s->clip = (float)f->grad_clip;
-    s->grad_scale = 1, s->bad_row = INT_MAX, s->bad_tensor = -1;
+    s->grad_scale = 1, s->bad_row = INT_MAX;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -99,26 +98,19 @@ constexpr int NORM_CHUNK = 65536, NORM_THREADS = 512, CHECK_THREADS = 1024;
                       const double *partial,   // (first_chunk[tensors])
                       const int *first_chunk,  // (tensors + 1)
                       int tensors) {
-    __shared__ int first_bad;
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     double all = 0;
-    if (threadIdx.x == 0) first_bad = INT_MAX;
-    __syncthreads();
     for (int t = warp; t < tensors; t += CHECK_THREADS / WARP) {
         double sum = 0;
         for (int i = first_chunk[t] + lane; i < first_chunk[t + 1]; i += WARP) sum += partial[i];
         sum = warp_sum(sum);
-        if (lane == 0) {
-            tensor_sums[t] = sum, all += sum;
-            if (!isfinite(sum)) atomicMin(&first_bad, t);
-        }
+        if (lane == 0) tensor_sums[t] = sum, all += sum;
     }
     all = block_sum<CHECK_THREADS>(all);
     if (threadIdx.x) return;
     s->grad_norm = sqrt(all);
     s->grad_scale = s->clip > 0 ? (float)fmin(1.0, s->clip / (s->grad_norm + 1e-6)) : 1.0f;
     s->skip = !isfinite(s->loss_sum) || !isfinite(s->grad_norm);
-    s->bad_tensor = first_bad < INT_MAX ? first_bad : -1;
 }
 
 // ---------------------------------------------------------------------------------------------

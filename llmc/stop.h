@@ -1,10 +1,12 @@
 // stop.h: how a run is told, from outside, to save or to stop.
 //
-//     SIGTERM, SIGUSR1   save at the end of the step under way and exit with EXIT_PREEMPTED; a
-//                        second one exits at once
+//     SIGTERM, SIGUSR1   save at the end of the step under way and exit with EXIT_PREEMPTED;
+//                        without --out nothing is saved. The same signal again exits at once
 //     OUT/STOP           the same
 //     OUT/SAVE           save at the end of the step under way, and go on
 //
+// Schedulers send one signal as a warning and another some time later (Slurm SIGUSR1, then
+// SIGTERM): both are one request, and the second does not end a save that the first brought about.
 // A file is removed when it is obeyed, so that the next run is not stopped by the STOP of this one.
 // What is in it does not matter: `touch` makes it.
 #ifndef LLMC_STOP_H
@@ -21,14 +23,16 @@
 
 typedef enum { STOP_NO, STOP_SAVE, STOP_END } StopRequest;
 
-static volatile sig_atomic_t stop_told;  // a signal has come: a handler can reach nothing else
+static volatile sig_atomic_t stop_told;  // signals that have come, a bit each: all that a handler
+                                         // can reach
 
 static inline void stop_on_signal(int signal_number) {
-    static const char text[] = "error: told to stop for the second time: ended at once; what came "
-                               "after the newest save is lost\n";
-    (void)signal_number;
-    if (stop_told && write(STDERR_FILENO, text, sizeof text - 1)) _exit(EXIT_PREEMPTED);
-    stop_told = 1;
+    static const char text[] =
+        "error: told to stop by the same signal for the second time: ended at "
+        "once; what came after the newest save is lost\n";
+    if (stop_told >> signal_number & 1 && write(STDERR_FILENO, text, sizeof text - 1))
+        _exit(EXIT_PREEMPTED);
+    stop_told = stop_told | 1 << signal_number;
 }
 
 // From here on the signals ask instead of killing. The sooner it is called the better.

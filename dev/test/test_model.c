@@ -496,15 +496,64 @@ TEST(padding_is_zero) {
     }
 }
 
+static const char *first_bad(const Filled *m, bool backward) {
+    const Tensor *x = table_find_nonfinite(&m->table, m->params, backward);
+    return x ? x->name : "none";
+}
+
+// Of two tensors that are not finite, the one that comes first.
 TEST(what_is_not_finite_is_found) {
-    Filled m = fill(2, 1, true);
+    Filled m = fill(3, 1, true);
     const Tensor *x;
     size_t at = (size_t)(values(&m, WFC, 1, &x) - m.params) + tensor_numel(x);
-    CHECK(table_find_nonfinite(&m.table, m.params) == NULL);
+    for (int backward = 0; backward < 2; backward++) CHECK_STR(first_bad(&m, backward), "none");
     m.params[at] = INFINITY;  // the first of the next one
-    CHECK_STR(table_find_nonfinite(&m.table, m.params)->name, "layers.1.wproj");
+    CHECK_STR(first_bad(&m, false), "layers.1.wproj");
+    CHECK_STR(first_bad(&m, true), "layers.1.wproj");
     m.params[at - 1] = NAN;
-    CHECK_STR(table_find_nonfinite(&m.table, m.params)->name, "layers.1.wfc");
+    CHECK_STR(first_bad(&m, false), "layers.1.wfc");
+    CHECK_STR(first_bad(&m, true), "layers.1.wproj");
+    filled_free(&m);
+}
+
+// In forward's order: of all that is spoiled, backward comes first to what was spoiled last.
+TEST(what_is_not_finite_is_found_in_backwards_order) {
+    static const struct {
+        const char *name;
+        size_t element;
+    } order[] = {
+        {"wte", 5},
+        {"smear_gate", 23},
+        {"smear_lambda", 0},
+        {"x0_lambda", 0},
+        {"resid_lambda", 0},
+        {"layers.0.ve_gate", 3},
+        {"layers.0.value_embed", 0},
+        {"layers.0.wq", 1},
+        {"layers.0.wk", 1},
+        {"layers.0.wv", 1},
+        {"layers.0.wo", 1},
+        {"layers.0.wfc", 1},
+        {"layers.0.wproj", 1},
+        {"x0_lambda", 1},
+        {"resid_lambda", 1},
+        {"layers.1.wq", 1},
+        {"layers.1.wproj", 1},
+        {"x0_lambda", 2},
+        {"resid_lambda", 2},
+        {"layers.2.ve_gate", 0},
+        {"layers.2.wproj", 0},
+        {"backout_lambda", 0},
+        {"lm_head", 77},
+    };
+    Filled m = fill(3, 1, true);
+    for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
+        const Tensor *x = m.table.tensor;
+        while (strcmp(x->name, order[i].name)) x++;
+        m.params[x->offset + order[i].element] = i % 2 ? NAN : -INFINITY;
+        CHECK_STR(first_bad(&m, true), order[i].name);
+        CHECK_STR(first_bad(&m, false), "wte");
+    }
     filled_free(&m);
 }
 
@@ -565,6 +614,7 @@ int main(void) {
     RUN(backout_is_frozen_at_0_below_three_layers);
     RUN(padding_is_zero);
     RUN(what_is_not_finite_is_found);
+    RUN(what_is_not_finite_is_found_in_backwards_order);
     RUN(matrices_with_as_many_rows_as_the_vocabulary_are_whole);
     RUN(values_are_a_function_of_seed_tensor_and_element);
     return test_end();

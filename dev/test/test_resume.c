@@ -356,10 +356,24 @@ TEST(a_gradient_that_is_not_finite_is_named) {
               EXIT_NONFINITE);
     CHECK_SAID("error: step 1: found loss ");
     CHECK_NOT_SAID("found loss nan");
-    CHECK_SAID("gradient norm inf, first in resid_lambda; the step begins in ");
+    CHECK_SAID("gradient norm inf, first in resid_lambda; the step's rows begin in ");
     CHECK_STR(listing(in_dir("out/ckpt")), "step_00000001");
     read_log(&csv, in_dir("out"));
     CHECK_INT(csv.rows, 1);
+}
+
+// v = 0 behind a wo so large that the gradient of attention overflows, and with it all that backward
+// makes after it: of layer 1 wq, wk and wv, of layer 0 and the embedding everything. (The head's
+// gradient, wo's and the MLP's are finite.)
+TEST(the_first_bad_gradient_is_the_one_that_backward_makes_first) {
+    const char *flags = "--depth 2 --lr-lm-head 100";
+    train_well("%s --out %s --steps 1", flags, in_dir("out"));
+    fill_tensor(save_of("out", 1), "layers.1.wv", 0);
+    fill_tensor(save_of("out", 1), "layers.1.value_embed", 0);
+    fill_tensor(save_of("out", 1), "layers.1.wo", 3e38);
+    CHECK_INT(run("%s %s --out %s --resume auto", train(), flags, in_dir("out")), EXIT_NONFINITE);
+    CHECK_NOT_SAID("found loss nan");
+    CHECK_SAID(", first in layers.1.wv; the step's rows begin in ");
 }
 
 // Row r of stream is tokens 16 r .. 16 r + 16. A z stands in row 6 alone, which is row 2 of step 1;
@@ -482,6 +496,7 @@ int main(void) {
     RUN_IN_DIR(other_data_than_the_saves_is_named);
     RUN_IN_DIR(a_run_that_diverges_ends_before_it_saves_what_is_not_finite);
     RUN_IN_DIR(a_gradient_that_is_not_finite_is_named);
+    RUN_IN_DIR(the_first_bad_gradient_is_the_one_that_backward_makes_first);
     RUN_IN_DIR(a_row_whose_loss_is_not_finite_is_named);
     RUN_IN_DIR(a_run_killed_at_any_call_goes_on_to_the_same_end);
     RUN_IN_DIR(a_run_with_a_full_disk_at_any_call_goes_on_to_the_same_end);

@@ -3,7 +3,8 @@
 //
 // The trainer runs as a process, as its user runs it (dev/test/cli.h).
 #include "dev/test/cli.h"
-#include "llmc/stop.h"  // stop_poll
+#include "llmc/checkpoint.h"  // ckpt_check
+#include "llmc/stop.h"        // stop_poll
 
 // Steps long enough for a signal to come between the first and the last.
 #define LONGER "--depth 2 --channels 64 --heads 2 --seq-len 64 --batch-tokens 512 --steps 40 "
@@ -91,19 +92,39 @@ TEST(signals_save_and_end) {
 
 TEST(without_out_a_signal_ends_the_run_and_says_that_nothing_is_saved) {
     CHECK_INT(signalled(LONGER, "first step ", "kill $p"), EXIT_PREEMPTED);
-    CHECK_SAID("as asked; nothing is saved, since there is no --out");
+    CHECK_SAID("as asked; nothing is saved, since there is no --out to go on from");
 }
 
 // A step of some seconds; the second signal does not wait for its end.
-TEST(a_second_signal_ends_the_run_at_once) {
+TEST(the_same_signal_again_ends_the_run_at_once) {
     char flags[700];
     snprintf(flags, sizeof flags,
              "--depth 2 --channels 128 --seq-len 256 --batch-tokens 65536 --out %s", in_dir("out"));
-    CHECK_INT(signalled(flags, "matrix parameters", "kill $p; sleep 0.1; kill -USR1 $p"),
+    CHECK_INT(signalled(flags, "matrix parameters",
+                        "kill $p; sleep 0.1; kill -USR1 $p; sleep 0.1; kill $p"),
               EXIT_PREEMPTED);
-    CHECK_SAID("error: told to stop for the second time: ended at once");
+    CHECK_SAID("error: told to stop by the same signal for the second time: ended at once");
     CHECK_NOT_SAID("loss");
     CHECK_STR(listing(in_dir("out")), "log.csv run.json");
+}
+
+// As Slurm does it. The second signal comes in the middle of the save, which is of 75 MB: its
+// folder is there, and not yet renamed.
+TEST(another_signal_lets_the_save_be_finished) {
+    static const char *order[][2] = {{"USR1", "TERM"}, {"TERM", "USR1"}};
+    for (int i = 0; i < 2; i++) {
+        char flags[700], then[700];
+        snprintf(flags, sizeof flags, "--vocab 65000 --steps 1000 --out %s", in_dir("out"));
+        snprintf(then, sizeof then,
+                 "kill -%s $p; until [ \"$(ls -A %s)\" ]; do :; done; kill -%s $p; ls %s",
+                 order[i][0], in_dir("out/ckpt"), order[i][1], in_dir("out/ckpt"));
+        CHECK_INT(signalled(flags, "first step ", then), EXIT_PREEMPTED);
+        CHECK_SAID(".tmp");
+        CHECK_NOT_SAID("error: ");
+        CHECK_INT(count_said("it is saved, and --resume auto goes on from it"), 1);
+        CHECK_INT(ckpt_check(in_dir("out/ckpt/%s", listing(in_dir("out/ckpt"))), true), 0);
+        CHECK_INT(io_remove(in_dir("out")), 0);
+    }
 }
 
 TEST(a_stop_that_can_not_save_is_an_error) {
@@ -121,7 +142,8 @@ int main(void) {
     RUN_IN_DIR(the_file_save_saves_and_goes_on);
     RUN_IN_DIR(signals_save_and_end);
     RUN_IN_DIR(without_out_a_signal_ends_the_run_and_says_that_nothing_is_saved);
-    RUN_IN_DIR(a_second_signal_ends_the_run_at_once);
+    RUN_IN_DIR(the_same_signal_again_ends_the_run_at_once);
+    RUN_IN_DIR(another_signal_lets_the_save_be_finished);
     RUN_IN_DIR(a_stop_that_can_not_save_is_an_error);
     return test_end();
 }

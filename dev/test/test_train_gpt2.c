@@ -44,6 +44,15 @@ TEST(exp_inline_equals_libm) {
     CHECK(exp_inline(0) == 1);
 }
 
+TEST(relu2_by_hand) {
+    const float x[6] = {-INFINITY, -2, -0.0f, 3, INFINITY, NAN}, dy[6] = {5, 5, 5, 5, 5, 5};
+    float y[6], dx[6];
+    relu2_forward(y, x, 6), relu2_backward(dx, dy, x, 6);
+    for (int i = 0; i < 3; i++) CHECK(y[i] == 0 && dx[i] == 0);
+    CHECK(y[3] == 9 && dx[3] == 30 && isinf(y[4]) && isinf(dx[4]));
+    CHECK(isnan(y[5]) && isnan(dx[5]));  // not hidden behind a 0
+}
+
 // p = 2, g = 4, t = 1: m/(1-b1) = 4, sqrt(v/(1-b2)) = 4, so p = 2 (1 - 0.1 * 0.5) - 0.1 * 1 = 1.8.
 // t = 2, g = 0: m = 0.8*0.8, /(1-0.64) = 1.7778; v = 0.9*1.6, /(1-0.81) = 7.5789, root 2.75299.
 TEST(adamw_by_hand) {
@@ -131,6 +140,7 @@ int main(void) {
     optimizer_fixtures = run_fixtures("dev/test/fixtures/optim_*.safetensors", test_optimizer);
     RUN(fixtures_are_there);
     RUN(exp_inline_equals_libm);
+    RUN(relu2_by_hand);
     RUN(adamw_by_hand);
     RUN(muon_by_hand);
     RUN(zero_gradient_leaves_only_decay);

@@ -1,5 +1,5 @@
 // test_adamw.cu: AdamW (llmc/adamw.cuh) against adamw_update of train_gpt2.c, and working copies.
-#include "dev/test/gpu/test_gpu.cuh"
+#include "dev/test/gpu/test_tokens.cuh"
 #include "llmc/adamw.cuh"  // adamw_update, weights_round
 
 // Rounding a parameter may cost 1e-5 of what the step changes it by, and more where it is large
@@ -122,6 +122,40 @@ TEST(rounding) {
     }
 }
 
+// The update of a table, and working copies made of it. Windows: p, m, v, g.
+TEST(beyond_2_31_elements) {
+    Large l = large_matrix(8192);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(l.count * (4 * sizeof(float) + sizeof(floatX))))
+        SKIP("too little GPU memory");
+    float *array[4];
+    for (float *&x : array) x = filled_array<float>(l.count);
+    floatX *w = filled_array<floatX>(l.count);
+    CUDA_CHECK(cudaMemset(array[2], 0, l.count * sizeof(float)));  // squares: not below 0
+    GroupNumbers k = plan_group(&plan, &flags, &config, GROUP_WTE);
+    double lr = k.lr * schedule_at(0, plan.steps, flags.warmup).lr;
+    StepState host;
+    step_numbers(&host, &plan, &flags, &config, 0);
+    GpuArray<float> x[WINDOWS][4];
+    for (int i = 0; i < WINDOWS; i++)
+        for (int j = 0; j < 4; j++) x[i][j] = large_window("p, m, v, g", array[j], &l, i, l.cols);
+    adamw_update(array[0], NULL, array[1], array[2], array[3], upload(&host), GROUP_WTE, l.count,
+                 0);
+    weights_round(w, array[0], l.count, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        cpu::adamw_update(x[i][0].host, x[i][1].host, x[i][2].host, x[i][3].host, 1, k, lr, 1,
+                          x[i][0].count);
+        for (int j = 0; j < 3; j++) {
+            GpuArray<float> found = large_window("p, m, v", array[j], &l, i, l.cols);
+            gpu_compare(found, x[i][j].host, WINDOW_ROWS, l.cols, "array %d, rows from %d", j,
+                        l.window[i]);
+        }
+        GpuArray<floatX> copy = large_window("w", w, &l, i, l.cols);
+        gpu_compare(copy, x[i][0].host, WINDOW_ROWS, l.cols, "rows from %d", l.window[i]);
+    }
+    gpu_end_case();
+}
+
 int main(void) {
     gpu_test_begin();
     Arg table[FLAGS_COUNT];
@@ -133,5 +167,6 @@ int main(void) {
     RUN(padding_stays_zero);
     RUN(skip_changes_nothing);
     RUN(rounding);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

@@ -47,6 +47,17 @@ static void expect(const Case *c, float scale, float *losses, float *gradient) {
     }
 }
 
+// A gradient that was read: behind column V it is 0 and nothing else, since it goes on into
+// products with all Vp columns.
+static void check_padding(const GpuArray<floatX> &gradient, int V, int Vp) {
+    for (size_t i = 0; i < gradient.count; i++)
+        if ((int)(i % (size_t)Vp) >= V && gradient.host[i] != 0) {
+            test_check(false, __FILE__, __LINE__, "V %d, row %zu, column %zu: found %g, expected 0",
+                       V, i / (size_t)Vp, i % (size_t)Vp, gradient.host[i]);
+            return;
+        }
+}
+
 static void check(int rows, int V, bool huge) {
     Case c = make_case(rows, V, huge);
     size_t count = (size_t)rows * c.Vp;
@@ -67,6 +78,7 @@ static void check(int rows, int V, bool huge) {
     gpu_compare(losses, losses_expected, rows, 1, "rows %d, V %d, huge %d", rows, V, huge);
     if (huge) c.logits.tolerance = fmax(TOLERANCE_X, 5e-5);  // what cancels where one logit wins
     gpu_compare(c.logits, gradient, rows, c.Vp, "rows %d, V %d, huge %d", rows, V, huge);
+    check_padding(c.logits, V, c.Vp);
     gpu_end_case();
 }
 
@@ -158,12 +170,39 @@ TEST(loss_sums_and_bad_rows) {
     }
 }
 
+TEST(beyond_2_31_elements) {
+    int V = 50257;
+    Large m = large_matrix(padded(V));
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *logits = filled_array<floatX>(m.count);
+    float *losses = filled_array<float>((size_t)m.rows);
+    int *targets = gpu_expected<int>((size_t)m.rows);
+    for (int i = 0; i < m.rows; i++) targets[i] = (int)(i * 7919LL % V);
+    int *device = gpu_ints("targets", targets, (size_t)m.rows);
+    Case c[WINDOWS];
+    for (int i = 0; i < WINDOWS; i++)
+        c[i] = {WINDOW_ROWS,           V,   m.cols, large_window("logits", logits, &m, i, m.cols),
+                targets + m.window[i], NULL};
+    classifier(logits, losses, device, 1, m.rows, V, m.cols, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> out = large_window("logits", logits, &m, i, m.cols);
+        GpuArray<float> of_losses = large_window("losses", losses, &m, i, 1);
+        float *gradient = gpu_expected(out.count), *losses_expected = gpu_expected(WINDOW_ROWS);
+        expect(&c[i], 1, losses_expected, gradient);
+        gpu_compare(of_losses, losses_expected, WINDOW_ROWS, 1, "rows from %d", m.window[i]);
+        gpu_compare(out, gradient, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        check_padding(out, V, m.cols);
+    }
+    gpu_end_case();
+}
+
 // n rows of C logits each.
 static void line(int rows, int V) {
     int Vp = padded(V), *targets = gpu_expected<int>(rows);
     for (int i = 0; i < rows; i++) targets[i] = (int)(i * 7919LL % V);
-    floatX *logits = bench_array<floatX>((size_t)rows * Vp);
-    float *losses = bench_array<float>(rows);
+    floatX *logits = filled_array<floatX>((size_t)rows * Vp);
+    float *losses = filled_array<float>(rows);
     int *device = gpu_ints("targets", targets, rows);
     bench("classifier", rows, Vp, 2,
           [=] { classifier(logits, losses, device, 1, rows, V, Vp, 0); });
@@ -174,7 +213,7 @@ static void line(int rows, int V) {
 
 static void lines(int n, int C) {
     if (C == 768) line(8192, 50257), line(8192, 32768), line(8192, 65536);
-    float *losses = bench_array<float>(n);
+    float *losses = filled_array<float>(n);
     StepState *step = make_step(0, INT_MAX);
     bench("loss_reduce", n, 1, sizeof(float) / (double)sizeof(floatX),
           [=] { loss_reduce(step, losses, n, 2048, 0, 0); });
@@ -188,5 +227,6 @@ int main(int argc, char **argv) {
     RUN(sure_of_the_target);
     RUN(nan_logit_names_its_row);
     RUN(loss_sums_and_bad_rows);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

@@ -59,17 +59,37 @@ TEST(many_tokens) {
     check_backward(65536, 64, 140, TOKENS_RANDOM);
 }
 
+// Of the table and of x.
+TEST(beyond_2_31_elements) {
+    Large m = large_matrix(CHANNELS_MAX);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(2 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *x = filled_array<floatX>(m.count), *table = filled_array<floatX>(m.count);
+    float *r = filled_array<float>((size_t)m.rows);
+    int *tokens = gpu_expected<int>((size_t)m.rows);
+    for (int t = 0; t < m.rows; t++) tokens[t] = t;
+    embed_norm_forward(x, r, gpu_ints("tokens", tokens, (size_t)m.rows), table, m.rows, m.cols, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> out = large_window("x", x, &m, i, m.cols),
+                         in = large_window("table", table, &m, i, m.cols);
+        GpuArray<float> of_r = large_window("r", r, &m, i, 1);
+        float *expected = gpu_expected(in.count), *r_expected = gpu_expected(WINDOW_ROWS);
+        cpu::norm_forward(expected, r_expected, in.host, WINDOW_ROWS, m.cols);
+        gpu_compare(out, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        gpu_compare(of_r, r_expected, WINDOW_ROWS, 1, "rows from %d", m.window[i]);
+    }
+    gpu_end_case();
+}
+
 static void lines(int n, int C) {
-    int V = 50257, different = 0;
+    int V = 50257;
     size_t nC = (size_t)n * C, VC = (size_t)V * C;
     Tokens k = make_tokens(n, V, TOKENS_ZIPF);
-    int *seen = gpu_expected<int>(V);
-    for (int t = 0; t < n; t++) different += !seen[k.host[t]]++;
-    floatX *x = bench_array<floatX>(nC), *table = bench_array<floatX>(VC);
-    float *r = bench_array<float>(n), *dtable = bench_array<float>(VC);
+    floatX *x = filled_array<floatX>(nC), *table = filled_array<floatX>(VC);
+    float *r = filled_array<float>(n), *dtable = filled_array<float>(VC);
     void *scratch = gpu_bytes("scratch", embed_scratch_bytes(n, C));
-    double rows = (double)different / n;  // of the table, for each token
-    printf("%d different tokens\n", different);
+    double rows = different_tokens(&k);
+    printf("%.0f different tokens\n", rows * n);
     bench("embed_norm_forward", n, C, 1 + rows,
           [=] { embed_norm_forward(x, r, k.device, table, n, C, 0); });
     bench("embed_backward", n, C, 1 + rows * 8 / sizeof(floatX),
@@ -83,5 +103,6 @@ int main(int argc, char **argv) {
     RUN(backward);
     RUN(pieces);
     RUN(many_tokens);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

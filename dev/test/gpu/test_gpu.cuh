@@ -8,7 +8,7 @@
 //             GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * C);
 //             GpuArray<float> r = gpu_poisoned<float>("r", n);
 //             float *y_expected = gpu_expected(n * C), *r_expected = gpu_expected(n);
-//             norm_forward(y.device, r.device, x.device, n, C, 0);
+//             residual_norm_forward(y.device, r.device, {x.device, NULL, NULL}, n, C, 0);
 //             cpu::norm_forward(y_expected, r_expected, x.host, n, C);
 //             gpu_compare(y, y_expected, n, C, "n %d, C %d", n, C);
 //             gpu_compare(r, r_expected, n, 1, "n %d, C %d", n, C);
@@ -17,10 +17,14 @@
 //     }
 //     int main(void) { gpu_test_begin(); RUN(norm); return test_end(); }
 //
-// RULE, of SPEC's kind:   ||a - b|| <= tolerance ||b||,   each |a - b| <= 8 tolerance max(|b|, rms b),
-// every element finite, and all exactly 0 where b is. The tolerance goes with the array's type; an
-// FP32 array that a kernel fills from numbers it rounded to BF16 first is given the other one:
-// x.tolerance = TOLERANCE_X. A sum whose terms cancel is held against their sizes: gpu_compare_sums.
+// RULE, for what was found, a, and what is expected, b:
+//
+//     ||a - b|| <= tolerance ||b||,   each |a - b| <= 8 tolerance max(|b|, rms b)
+//
+// so that every element is finite, and all are exactly 0 if all of b is. (That single ones are
+// exactly 0, a test checks by itself.) The tolerance goes with the array's type; an FP32 array that
+// a kernel fills from numbers it rounded to BF16 first is given the other one: x.tolerance =
+// TOLERANCE_X. A sum whose terms cancel is held against their sizes: gpu_compare_sums.
 //
 // Memory is poisoned (NaN) where a kernel shall write, and before and behind every array lie guard
 // zones of NaN: what is read there spoils the result, what is written there fails the test. With
@@ -152,6 +156,13 @@ static inline int *gpu_ints(const char *name, const int *values, size_t count) {
     return device;
 }
 
+// Whether so much device memory is left. A test that is larger than some GPUs is skipped there.
+static inline bool gpu_has_room(size_t bytes) {
+    size_t left = 0, all = 0;
+    CUDA_CHECK(cudaMemGetInfo(&left, &all));
+    return bytes + ((size_t)1 << 30) < left;
+}
+
 // What the device holds now, as floats: to x.host, which is returned.
 template <class T> static inline float *gpu_read(GpuArray<T> &x) {
     T *raw = (T *)die_alloc(x.count + 1, sizeof(T), x.name);
@@ -159,6 +170,14 @@ template <class T> static inline float *gpu_read(GpuArray<T> &x) {
     for (size_t i = 0; i < x.count; i++) to_host(&x.host[i], raw[i]);
     free(raw);
     return x.host;
+}
+
+// Whether the device holds the same bits in two arrays.
+template <class T> static inline bool same_bits(const GpuArray<T> &a, const GpuArray<T> &b) {
+    T *x = gpu_expected<T>(a.count), *y = gpu_expected<T>(a.count);
+    CUDA_CHECK(cudaMemcpy(x, a.device, a.count * sizeof(T), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(y, b.device, a.count * sizeof(T), cudaMemcpyDeviceToHost));
+    return !memcmp(x, y, a.count * sizeof(T));
 }
 
 // Ends a case: waits, checks every guard zone, frees all arrays.

@@ -39,73 +39,65 @@ static const Layer all_layers[] = {{8, 8},     {48, 144},  {48, 48},    {128, 38
                                    {768, 128}, {128, 768}, {768, 3072}, {3072, 768}};
 static const int all_n[] = {1, 2, 63, 64, 65, 127, 128, 129, 192, 1000};
 
-static int layers(void) { return grid_small ? 4 : (int)(sizeof all_layers / sizeof *all_layers); }
-static int last_n(void) { return grid_small ? 65 : 1000; }
-
-TEST(forward) {
-    for (int l = 0; l < layers(); l++)
-        for (int n : all_n) {
-            int K = all_layers[l].K, N = all_layers[l].N;
-            if (n > last_n()) continue;
-            size_t nN = (size_t)n * N;
-            GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
-            GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
-            GpuArray<floatX> residual = gpu_normal<floatX>("residual", nN, 30);
-            GpuArray<floatX> y = gpu_poisoned<floatX>("y", nN);
-            GpuArray<floatX> sum = gpu_poisoned<floatX>("sum", nN);
-            GpuArray<floatX> in_place = gpu_copy<floatX>("in_place", residual.host, nN);
-            MatmulOperand X = matmul_operand(x.device), W = matmul_operand(w.device);
-            matmul_forward(&mm, y.device, X, W, {MATMUL_STORE}, n, K, N, 0);
-            matmul_forward(&mm, sum.device, X, W, {MATMUL_ADD, residual.device}, n, K, N, 0);
-            matmul_forward(&mm, in_place.device, X, W, {MATMUL_ADD}, n, K, N, 0);
-            float *expected = gpu_expected(nN);
-            reference(expected, x.host, false, w.host, true, NULL, 1, 0, n, N, K, 1);
-            gpu_compare(y, expected, n, N, "n %d, K %d, N %d", n, K, N);
-            for (size_t i = 0; i < nN; i++) expected[i] += residual.host[i];
-            gpu_compare(sum, expected, n, N, "n %d, K %d, N %d", n, K, N);
-            gpu_compare(in_place, expected, n, N, "n %d, K %d, N %d", n, K, N);
-            gpu_end_case();
-        }
+// check(n, K, N) over the grid.
+static void each_layer(void (*check)(int n, int K, int N)) {
+    for (const Layer &l : all_layers)
+        for (int n : all_n)
+            if (!grid_small || (n <= 65 && l.K <= 128 && l.N <= 384)) check(n, l.K, l.N);
 }
 
-TEST(dgrad) {
-    for (int l = 0; l < layers(); l++)
-        for (int n : all_n) {
-            int K = all_layers[l].K, N = all_layers[l].N;
-            if (n > last_n()) continue;
-            size_t nK = (size_t)n * K;
-            GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
-            GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
-            GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", nK);
-            GpuArray<floatX> added = gpu_normal<floatX>("added", nK, 30);
-            float *expected = gpu_expected(nK), *before = added.host;
-            MatmulOperand dY = matmul_operand(dy.device), W = matmul_operand(w.device);
-            matmul_dgrad(&mm, dx.device, dY, W, {MATMUL_STORE}, n, K, N, 0);
-            matmul_dgrad(&mm, added.device, dY, W, {MATMUL_ADD}, n, K, N, 0);
-            reference(expected, dy.host, false, w.host, false, NULL, 1, 0, n, K, N, 1);
-            gpu_compare(dx, expected, n, K, "n %d, K %d, N %d", n, K, N);
-            for (size_t i = 0; i < nK; i++) expected[i] += before[i];
-            gpu_compare(added, expected, n, K, "n %d, K %d, N %d", n, K, N);
-            gpu_end_case();
-        }
+static void check_forward(int n, int K, int N) {
+    size_t nN = (size_t)n * N;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
+    GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
+    GpuArray<floatX> residual = gpu_normal<floatX>("residual", nN, 30);
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", nN);
+    GpuArray<floatX> sum = gpu_poisoned<floatX>("sum", nN);
+    GpuArray<floatX> in_place = gpu_copy<floatX>("in_place", residual.host, nN);
+    MatmulOperand X = matmul_operand(x.device), W = matmul_operand(w.device);
+    matmul_forward(&mm, y.device, X, W, {MATMUL_STORE}, n, K, N, 0);
+    matmul_forward(&mm, sum.device, X, W, {MATMUL_ADD, residual.device}, n, K, N, 0);
+    matmul_forward(&mm, in_place.device, X, W, {MATMUL_ADD}, n, K, N, 0);
+    float *expected = gpu_expected(nN);
+    reference(expected, x.host, false, w.host, true, NULL, 1, 0, n, N, K, 1);
+    gpu_compare(y, expected, n, N, "n %d, K %d, N %d", n, K, N);
+    for (size_t i = 0; i < nN; i++) expected[i] += residual.host[i];
+    gpu_compare(sum, expected, n, N, "n %d, K %d, N %d", n, K, N);
+    gpu_compare(in_place, expected, n, N, "n %d, K %d, N %d", n, K, N);
+    gpu_end_case();
 }
 
-TEST(wgrad_adds) {
-    for (int l = 0; l < layers(); l++)
-        for (int n : all_n) {
-            int K = all_layers[l].K, N = all_layers[l].N;
-            if (n > last_n()) continue;
-            GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
-            GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
-            GpuArray<float> dw = gpu_normal<float>("dw", (size_t)N * K, 10);
-            float *expected = gpu_expected((size_t)N * K);
-            reference(expected, dy.host, true, x.host, false, dw.host, 1, 1, N, K, n, 1);
-            matmul_wgrad(&mm, dw.device, matmul_operand(dy.device), matmul_operand(x.device), n, K,
-                         N, 0);
-            gpu_compare(dw, expected, N, K, "n %d, K %d, N %d", n, K, N);
-            gpu_end_case();
-        }
+static void check_dgrad(int n, int K, int N) {
+    size_t nK = (size_t)n * K;
+    GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
+    GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
+    GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", nK);
+    GpuArray<floatX> added = gpu_normal<floatX>("added", nK, 30);
+    float *expected = gpu_expected(nK), *before = added.host;
+    MatmulOperand dY = matmul_operand(dy.device), W = matmul_operand(w.device);
+    matmul_dgrad(&mm, dx.device, dY, W, {MATMUL_STORE}, n, K, N, 0);
+    matmul_dgrad(&mm, added.device, dY, W, {MATMUL_ADD}, n, K, N, 0);
+    reference(expected, dy.host, false, w.host, false, NULL, 1, 0, n, K, N, 1);
+    gpu_compare(dx, expected, n, K, "n %d, K %d, N %d", n, K, N);
+    for (size_t i = 0; i < nK; i++) expected[i] += before[i];
+    gpu_compare(added, expected, n, K, "n %d, K %d, N %d", n, K, N);
+    gpu_end_case();
 }
+
+static void check_wgrad(int n, int K, int N) {
+    GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
+    GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
+    GpuArray<float> dw = gpu_normal<float>("dw", (size_t)N * K, 10);
+    float *expected = gpu_expected((size_t)N * K);
+    reference(expected, dy.host, true, x.host, false, dw.host, 1, 1, N, K, n, 1);
+    matmul_wgrad(&mm, dw.device, matmul_operand(dy.device), matmul_operand(x.device), n, K, N, 0);
+    gpu_compare(dw, expected, N, K, "n %d, K %d, N %d", n, K, N);
+    gpu_end_case();
+}
+
+TEST(forward) { each_layer(check_forward); }
+TEST(dgrad) { each_layer(check_dgrad); }
+TEST(wgrad_adds) { each_layer(check_wgrad); }
 
 // Muon's products among them: X X^T, X^T X, b A + c A^2 and a X + B X.
 TEST(batched) {

@@ -33,7 +33,6 @@ static StepResult end_step(Trainer *t) {
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
     result.loss = s->loss_sum / (double)t->phase.batch, result.grad_norm = s->grad_norm;
     result.finite = !s->skip, result.bad_row = s->bad_row;
-    if (s->bad_tensor >= 0) result.bad_tensor = m->table.tensor[s->bad_tensor].name;
     return result;
 }
 
@@ -132,9 +131,34 @@ TEST(not_finite_no_update) {
     float *after = trainer_params(&t);
     CHECK(!s.finite);
     CHECK_INT(s.bad_row, 5);
-    CHECK(s.bad_tensor != NULL);
+    CHECK_STR(find_bad_tensor(&t.model), "lm_head");  // the loss was first: all of backward is NaN
     CHECK(!memcmp(before, after, bytes));
     free(before), free(after);
+    model_free(&t.model);
+}
+
+// Gradients of three tensors are not finite: the one that backward comes to first is named, and
+// nothing is updated.
+TEST(bad_gradient_is_named) {
+    static Trainer t;
+    char flags[512];
+    snprintf(flags, sizeof flags, "%s 2", SMALL);
+    trainer_init(&t, flags);
+    const Table *table = &t.model.table;
+    size_t bytes = table->numel * sizeof(float);
+    float *grads = (float *)die_alloc(table->numel, sizeof *grads, "gradients");
+    float *before = trainer_params(&t);
+    read_grads(&t, grads);
+    CHECK(find_bad_tensor(&t.model) == NULL);
+    grads[table_find(table, WTE, -1)->offset] = NAN;
+    grads[table_find(table, WQ, 1)->offset] = NAN;
+    grads[table_find(table, WFC, 1)->offset + 3] = INFINITY;
+    trainer_update(&t, grads, 0);
+    float *after = trainer_params(&t);
+    CHECK_INT(t.model.host_step->skip, 1);
+    CHECK_STR(find_bad_tensor(&t.model), "layers.1.wfc");
+    CHECK(!memcmp(before, after, bytes));
+    free(grads), free(before), free(after);
     model_free(&t.model);
 }
 
@@ -155,6 +179,7 @@ int main(void) {
     }
     RUN(same_command_same_bits);
     RUN(not_finite_no_update);
+    RUN(bad_gradient_is_named);
     RUN(padding_stays_zero);
     return test_end();
 }

@@ -51,10 +51,60 @@ TEST(backward) {
     }
 }
 
+// NaN stays NaN, wherever it is in a piece, and spoils nothing beside it.
+TEST(not_finite) {
+    int count = FLAT_BLOCK + 8;
+    GpuArray<floatX> x = some_zeros("x", count), dx = gpu_normal<floatX>("dx", count, 1);
+    for (int i = 3; i < count; i += 83) x.host[i] = i % 2 ? NAN : INFINITY;
+    x = gpu_copy<floatX>("x", x.host, count);
+    GpuArray<floatX> y = gpu_poisoned<floatX>("y", count), again = gpu_poisoned<floatX>("y", count);
+    relu2_forward(y.device, x.device, count, 0);
+    relu2_backward(dx.device, again.device, x.device, count, 0);
+    gpu_read(y), gpu_read(again), gpu_read(dx);
+    for (int i = 0; i < count; i++) {
+        bool nan = isnan(x.host[i]), finite = isfinite(x.host[i]);
+        if (isnan(y.host[i]) == nan && isnan(again.host[i]) == nan && isnan(dx.host[i]) == nan &&
+            isfinite(y.host[i]) == finite && isfinite(dx.host[i]) == finite)
+            continue;
+        CHECK_INT(i, -1);
+        break;
+    }
+    gpu_end_case();
+}
+
+TEST(beyond_2_31_elements) {
+    Large m = large_matrix(8192);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(3 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *x = filled_array<floatX>(m.count), *y = filled_array<floatX>(m.count),
+           *dx = filled_array<floatX>(m.count);
+    for (bool backward : {false, true}) {
+        GpuArray<floatX> dy[WINDOWS];
+        for (int i = 0; i < WINDOWS; i++) dy[i] = large_window("dx", dx, &m, i, m.cols);
+        CUDA_CHECK(cudaMemset(y, 0xff, m.count * sizeof *y));
+        if (backward)
+            relu2_backward(dx, y, x, m.count, 0);
+        else
+            relu2_forward(y, x, m.count, 0);
+        for (int i = 0; i < WINDOWS; i++) {
+            GpuArray<floatX> in = large_window("x", x, &m, i, m.cols),
+                             out = large_window("y", y, &m, i, m.cols),
+                             d = large_window("dx", dx, &m, i, m.cols);
+            float *expected = gpu_expected(in.count);
+            cpu::relu2_forward(expected, in.host, (int64_t)in.count);
+            gpu_compare(out, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+            if (!backward) continue;
+            cpu::relu2_backward(expected, dy[i].host, in.host, (int64_t)in.count);
+            gpu_compare(d, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        }
+    }
+    gpu_end_case();
+}
+
 static void lines(int n, int C) {
     size_t count = (size_t)n * 4 * C;
-    floatX *x = bench_array<floatX>(count), *y = bench_array<floatX>(count),
-           *dx = bench_array<floatX>(count);
+    floatX *x = filled_array<floatX>(count), *y = filled_array<floatX>(count),
+           *dx = filled_array<floatX>(count);
     bench("relu2_forward", n, C, 2 * 4, [=] { relu2_forward(y, x, count, 0); });
     bench("relu2_backward", n, C, 4 * 4, [=] { relu2_backward(dx, y, x, count, 0); });
 }
@@ -64,5 +114,7 @@ int main(int argc, char **argv) {
     bench_if_asked(argc, argv, lines);
     RUN(forward);
     RUN(backward);
+    RUN(not_finite);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

@@ -188,6 +188,22 @@ static void check_backout(int n, int C) {
     }
 }
 
+// A row of zeros has norm 0 and a factor that is finite; so do rows too small for a square of FP32.
+TEST(zeros_and_tiny_numbers) {
+    for (double size : {0.0, 1e-25}) {
+        int n = 3, C = 768;
+        GpuArray<floatX> x = gpu_normal<floatX>("x", n * C, size);
+        GpuArray<floatX> h = gpu_poisoned<floatX>("h", n * C);
+        GpuArray<float> r = gpu_poisoned<float>("r", n);
+        float *h_expected = gpu_expected(n * C), *r_expected = gpu_expected(n);
+        residual_norm_forward(h.device, r.device, {x.device, NULL, NULL}, n, C, 0);
+        cpu::norm_forward(h_expected, r_expected, x.host, n, C);
+        gpu_compare(h, h_expected, n, C, "numbers of size %g", size);
+        gpu_compare(r, r_expected, n, 1, "numbers of size %g", size);
+        gpu_end_case();
+    }
+}
+
 TEST(mix_norm) { each_shape(check_mix); }
 TEST(residual_norm) { each_shape(check_residual); }
 TEST(backout_norm) { each_shape(check_backout); }
@@ -200,27 +216,36 @@ TEST(sums_over_many_tokens) {
     check_backout_backward(40000, 128, true);
 }
 
+// At each width of a token: one warp, two, and as many as there can be.
 TEST(same_bits_again) {
-    int n = 777, C = 768;
-    size_t nC = (size_t)n * C;
-    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 1), dh = gpu_normal<floatX>("dh", nC, 1);
-    GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
-    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
-    void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
-    float first[2];
-    for (int run = 0; run < 5; run++) {
-        GpuArray<floatX> dx = gpu_copy<floatX>("dx", dh.host, nC);
-        GpuArray<floatX> dx0 = gpu_copy<floatX>("dx0", dh.host, nC);
-        GpuArray<float> dl = gpu_copy<float>("dlambda", &before, 1);
-        GpuArray<float> dl0 = gpu_copy<float>("dlambda0", &before, 1);
-        mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dh.device, dh.device,
-                          x.device, r.device, x.device, dh.device, l.device, l.device, scratch, n,
-                          C, 0);
-        float now[2] = {*gpu_read(dl), *gpu_read(dl0)};
-        if (run == 0) memcpy(first, now, sizeof first);
-        CHECK(!memcmp(first, now, sizeof first));
+    for (int C : {768, 1536, CHANNELS_MAX}) {
+        if (grid_small && C > 1536) continue;
+        int n = grid_small ? 63 : 777;
+        size_t nC = (size_t)n * C;
+        GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 1), dh = gpu_normal<floatX>("dh", nC, 1);
+        GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
+        GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+        void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
+        GpuArray<floatX> dx[3], dx0[3], d[3], dxb[3];
+        GpuArray<float> dl[3], dl0[3], dlb[3];
+        for (int i = 0; i < 3; i++) {
+            dx[i] = gpu_copy<floatX>("dx", dh.host, nC);
+            dx0[i] = gpu_copy<floatX>("dx0", dh.host, nC);
+            d[i] = gpu_poisoned<floatX>("dx", nC), dxb[i] = gpu_poisoned<floatX>("dxb", nC);
+            for (GpuArray<float> *sum : {&dl[i], &dl0[i], &dlb[i]})
+                *sum = gpu_copy<float>("dlambda", &before, 1);
+            mix_norm_backward(dx[i].device, dx0[i].device, dl[i].device, dl0[i].device, dh.device,
+                              dh.device, x.device, r.device, x.device, dh.device, l.device,
+                              l.device, scratch, n, C, 0);
+            backout_norm_backward(d[i].device, dxb[i].device, dlb[i].device, dh.device, x.device,
+                                  r.device, dh.device, l.device, scratch, n, C, 0);
+            CHECK(same_bits(dx[0], dx[i]) && same_bits(dx0[0], dx0[i]));
+            CHECK(same_bits(d[0], d[i]) && same_bits(dxb[0], dxb[i]));
+            CHECK(same_bits(dl[0], dl[i]) && same_bits(dl0[0], dl0[i]));
+            CHECK(same_bits(dlb[0], dlb[i]));
+        }
+        gpu_end_case();
     }
-    gpu_end_case();
 }
 
 // Twenty layers whose branches are a thousandth of x, when half an ulp of BF16 is two to four times
@@ -269,11 +294,45 @@ TEST(add) {
     }
 }
 
+// The sum x + a, and a layer's start from it.
+TEST(beyond_2_31_elements) {
+    Large m = large_matrix(CHANNELS_MAX);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(4 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *x = filled_array<floatX>(m.count), *x0 = filled_array<floatX>(m.count),
+           *sum = filled_array<floatX>(m.count), *h = filled_array<floatX>(m.count);
+    float *r = filled_array<float>((size_t)m.rows);
+    GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
+    GpuArray<float> l0 = gpu_copy<float>("lambda0", &lambda0, 1);
+    GpuArray<floatX> before[WINDOWS];
+    for (int i = 0; i < WINDOWS; i++) before[i] = large_window("x", x, &m, i, m.cols);
+    CUDA_CHECK(cudaMemcpy(sum, x, m.count * sizeof *x, cudaMemcpyDeviceToDevice));
+    add_forward(sum, x0, m.count, 0);
+    mix_norm_forward(x, NULL, h, r, {x, x0, NULL}, x0, l.device, l0.device, m.rows, m.cols, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> x_mixed = large_window("x", x, &m, i, m.cols),
+                         of_x0 = large_window("x0", x0, &m, i, m.cols),
+                         of_sum = large_window("sum", sum, &m, i, m.cols),
+                         of_h = large_window("h", h, &m, i, m.cols);
+        GpuArray<float> of_r = large_window("r", r, &m, i, 1);
+        float *added = before[i].host, *mixed = gpu_expected(of_h.count);
+        float *h_expected = gpu_expected(of_h.count), *r_expected = gpu_expected(WINDOW_ROWS);
+        cpu::add_forward(added, of_x0.host, (int64_t)of_h.count);
+        cpu::mix_forward(mixed, added, of_x0.host, lambda, lambda0, (int64_t)of_h.count);
+        cpu::norm_forward(h_expected, r_expected, mixed, WINDOW_ROWS, m.cols);
+        gpu_compare(of_sum, added, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        gpu_compare(x_mixed, mixed, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        gpu_compare(of_h, h_expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        gpu_compare(of_r, r_expected, WINDOW_ROWS, 1, "rows from %d", m.window[i]);
+    }
+    gpu_end_case();
+}
+
 static void lines(int n, int C) {
     size_t nC = (size_t)n * C;
     floatX *a[7];
-    for (floatX *&x : a) x = bench_array<floatX>(nC);
-    float *r = bench_array<float>(n), *l = bench_array<float>(1), *dl = bench_array<float>(2);
+    for (floatX *&x : a) x = filled_array<floatX>(nC);
+    float *r = filled_array<float>(n), *l = filled_array<float>(1), *dl = filled_array<float>(2);
     void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
     Residual sum = {a[0], a[1], a[2]}, first = {a[0], a[1], NULL};
     bench("mix_norm_forward", n, C, 7,
@@ -296,6 +355,7 @@ static void lines(int n, int C) {
 int main(int argc, char **argv) {
     gpu_test_begin();
     bench_if_asked(argc, argv, lines);
+    RUN(zeros_and_tiny_numbers);
     RUN(mix_norm);
     RUN(residual_norm);
     RUN(backout_norm);
@@ -303,5 +363,6 @@ int main(int argc, char **argv) {
     RUN(same_bits_again);
     RUN(small_branches_are_kept);
     RUN(add);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

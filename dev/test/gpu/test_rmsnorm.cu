@@ -1,19 +1,6 @@
-// test_rmsnorm.cu: norms (llmc/rmsnorm.cuh).
+// test_rmsnorm.cu: the norm's backward (llmc/rmsnorm.cuh); forward is in test_residual.cu.
 #include "dev/test/gpu/test_tokens.cuh"
-#include "llmc/rmsnorm.cuh"  // norm_forward, norm_backward
-
-static void check_forward(int n, int C) {
-    size_t nC = (size_t)n * C;
-    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 3);
-    GpuArray<floatX> y = gpu_poisoned<floatX>("y", nC);
-    GpuArray<float> r = gpu_poisoned<float>("r", n);
-    float *y_expected = gpu_expected(nC), *r_expected = gpu_expected(n);
-    norm_forward(y.device, r.device, x.device, n, C, 0);
-    cpu::norm_forward(y_expected, r_expected, x.host, n, C);
-    gpu_compare(y, y_expected, n, C, "n %d, C %d", n, C);
-    gpu_compare(r, r_expected, n, 1, "n %d, C %d", n, C);
-    gpu_end_case();
-}
+#include "llmc/rmsnorm.cuh"  // norm_backward
 
 // Written, and written over dy.
 static void check_backward(int n, int C) {
@@ -31,39 +18,40 @@ static void check_backward(int n, int C) {
     gpu_end_case();
 }
 
-TEST(forward) { each_shape(check_forward); }
 TEST(backward) { each_shape(check_backward); }
 
-// A row of zeros has norm 0 and a factor that is finite; so do rows too small for a square of FP32.
-TEST(zeros_and_tiny_numbers) {
-    for (double size : {0.0, 1e-25}) {
-        int n = 3, C = 768;
-        GpuArray<floatX> x = gpu_normal<floatX>("x", n * C, size);
-        GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * C);
-        GpuArray<float> r = gpu_poisoned<float>("r", n);
-        float *y_expected = gpu_expected(n * C), *r_expected = gpu_expected(n);
-        norm_forward(y.device, r.device, x.device, n, C, 0);
-        cpu::norm_forward(y_expected, r_expected, x.host, n, C);
-        gpu_compare(y, y_expected, n, C, "numbers of size %g", size);
-        gpu_compare(r, r_expected, n, 1, "numbers of size %g", size);
-        gpu_end_case();
+TEST(beyond_2_31_elements) {
+    Large m = large_matrix(CHANNELS_MAX);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(3 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *dx = filled_array<floatX>(m.count), *dy = filled_array<floatX>(m.count),
+           *y = filled_array<floatX>(m.count);
+    float *r = filled_array<float>((size_t)m.rows);
+    norm_backward(dx, dy, y, r, m.rows, m.cols, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> out = large_window("dx", dx, &m, i, m.cols),
+                         in = large_window("dy", dy, &m, i, m.cols),
+                         of_y = large_window("y", y, &m, i, m.cols);
+        GpuArray<float> of_r = large_window("r", r, &m, i, 1);
+        float *expected = gpu_expected(in.count);
+        cpu::norm_backward(expected, in.host, of_y.host, of_r.host, WINDOW_ROWS, m.cols, false);
+        gpu_compare(out, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
     }
+    gpu_end_case();
 }
 
 static void lines(int n, int C) {
     size_t nC = (size_t)n * C;
-    floatX *x = bench_array<floatX>(nC), *y = bench_array<floatX>(nC),
-           *dx = bench_array<floatX>(nC);
-    float *r = bench_array<float>(n);
-    bench("norm_forward", n, C, 2, [=] { norm_forward(y, r, x, n, C, 0); });
+    floatX *x = filled_array<floatX>(nC), *y = filled_array<floatX>(nC),
+           *dx = filled_array<floatX>(nC);
+    float *r = filled_array<float>(n);
     bench("norm_backward", n, C, 3, [=] { norm_backward(dx, x, y, r, n, C, 0); });
 }
 
 int main(int argc, char **argv) {
     gpu_test_begin();
     bench_if_asked(argc, argv, lines);
-    RUN(forward);
     RUN(backward);
-    RUN(zeros_and_tiny_numbers);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

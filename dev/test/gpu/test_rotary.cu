@@ -80,11 +80,44 @@ TEST(angles) {
     gpu_end_case();
 }
 
+TEST(beyond_2_31_elements) {
+    int H = 64, D = 128, T = 2048;
+    Large m = large_matrix(3 * H * D);
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(2 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *qkv = filled_array<floatX>(m.count), *dqkv = filled_array<floatX>(m.count);
+    float *r = filled_array<float>((size_t)m.rows * 2 * H);
+    GpuArray<float> cosine, sine;
+    init_angles(&cosine, &sine, T, D);
+    GpuArray<floatX> y[WINDOWS], d[WINDOWS];
+    for (int i = 0; i < WINDOWS; i++) {
+        y[i] = large_window("qkv", qkv, &m, i, m.cols);
+        d[i] = large_window("dqkv", dqkv, &m, i, m.cols);
+        CHECK(m.window[i] % T + WINDOW_ROWS <= T);
+    }
+    qk_forward(qkv, r, cosine.device, sine.device, m.rows, T, H, D, 0);
+    qk_backward(dqkv, qkv, r, cosine.device, sine.device, m.rows, T, H, D, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> out = large_window("qkv", qkv, &m, i, m.cols),
+                         d_out = large_window("dqkv", dqkv, &m, i, m.cols);
+        GpuArray<float> of_r = large_window("r", r, &m, i, 2 * H);
+        float *r_expected = gpu_expected(of_r.count);
+        size_t angle = (size_t)(m.window[i] % T) * (D / 2);
+        const float *c = cosine.host + angle, *s = sine.host + angle;
+        cpu::qk_forward(y[i].host, r_expected, c, s, 1, WINDOW_ROWS, H, D);
+        gpu_compare(out, y[i].host, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        gpu_compare(of_r, r_expected, WINDOW_ROWS, 2 * H, "rows from %d", m.window[i]);
+        cpu::qk_backward(d[i].host, out.host, of_r.host, c, s, 1, WINDOW_ROWS, H, D);
+        gpu_compare(d_out, d[i].host, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+    }
+    gpu_end_case();
+}
+
 static void lines(int n, int C) {
     int D = 128, H = C / D, T = 2048;
-    floatX *qkv = bench_array<floatX>((size_t)n * 3 * C);
-    floatX *dqkv = bench_array<floatX>((size_t)n * 3 * C);
-    float *r = bench_array<float>((size_t)n * 2 * H);
+    floatX *qkv = filled_array<floatX>((size_t)n * 3 * C);
+    floatX *dqkv = filled_array<floatX>((size_t)n * 3 * C);
+    float *r = filled_array<float>((size_t)n * 2 * H);
     GpuArray<float> cosine, sine;
     init_angles(&cosine, &sine, T, D);
     float *c = cosine.device, *s = sine.device;
@@ -99,5 +132,6 @@ int main(int argc, char **argv) {
     RUN(lengths);
     RUN(rows);
     RUN(angles);
+    RUN(beyond_2_31_elements);
     return test_end();
 }

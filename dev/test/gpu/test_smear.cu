@@ -112,13 +112,66 @@ TEST(sums_over_many_tokens) {
     gpu_end_case();
 }
 
+// A document begins with each window, for the twin to know all of it.
+TEST(beyond_2_31_elements) {
+    Large m = large_matrix(CHANNELS_MAX);
+    float a = 0.45f;
+    if (grid_small) SKIP("GRID=small");
+    if (!gpu_has_room(2 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
+    floatX *x = filled_array<floatX>(m.count), *y = filled_array<floatX>(m.count);
+    float *s = filled_array<float>((size_t)m.rows);
+    GpuArray<float> gate = gpu_random<float>("gate", SMEAR_CHANNELS, -0.5, 0.5);
+    GpuArray<float> lambda = gpu_copy<float>("lambda", &a, 1);
+    int *start = gpu_expected<int>((size_t)m.rows), in_row[WINDOW_ROWS] = {};
+    for (int t = 1; t < m.rows; t++)
+        start[t] = t == m.window[1] || t == m.window[2] ? t : start[t - 1];
+    int *doc_start = gpu_ints("doc_start", start, (size_t)m.rows);
+    smear_forward(y, s, x, gate.device, lambda.device, doc_start, m.rows, m.cols, 0);
+    for (int i = 0; i < WINDOWS; i++) {
+        GpuArray<floatX> in = large_window("x", x, &m, i, m.cols),
+                         out = large_window("y", y, &m, i, m.cols);
+        GpuArray<float> of_s = large_window("s", s, &m, i, 1);
+        float *expected = gpu_expected(in.count), *s_expected = gpu_expected(WINDOW_ROWS);
+        cpu::smear_forward(expected, s_expected, in.host, gate.host, a, in_row, 1, WINDOW_ROWS,
+                           m.cols);
+        gpu_compare(out, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
+        gpu_compare(of_s, s_expected, WINDOW_ROWS, 1, "rows from %d", m.window[i]);
+    }
+    gpu_end_case();
+}
+
+// At each width of a token: one warp, two, and as many as there can be.
+TEST(same_bits_again) {
+    for (int C : {128, 768, 1536, 8192}) {
+        if (grid_small && C > 1536) continue;
+        Case c = make_case(3, grid_small ? 21 : 251, C, DOCS_MIX, 0.45f);
+        GpuArray<float> s = gpu_poisoned<float>("s", c.n), dgate[3], dlambda[3];
+        GpuArray<floatX> dy = gpu_normal<floatX>("dy", c.x.count, 1), y[3], dx[3];
+        float *zeros = gpu_expected(SMEAR_CHANNELS);
+        for (int i = 0; i < 3; i++) {
+            y[i] = gpu_poisoned<floatX>("y", c.x.count);
+            dx[i] = gpu_poisoned<floatX>("dx", c.x.count);
+            dgate[i] = gpu_copy<float>("dgate", zeros, SMEAR_CHANNELS);
+            dlambda[i] = gpu_copy<float>("dlambda", zeros, 1);
+            smear_forward(y[i].device, s.device, c.x.device, c.gate.device, c.lambda_array.device,
+                          c.doc_start, c.n, C, 0);
+            smear_backward(dx[i].device, dgate[i].device, dlambda[i].device, dy.device, c.x.device,
+                           s.device, c.gate.device, c.lambda_array.device, c.doc_start,
+                           gpu_bytes("scratch", smear_scratch_bytes(c.n)), c.n, C, 0);
+            CHECK(same_bits(y[0], y[i]) && same_bits(dx[0], dx[i]));
+            CHECK(same_bits(dgate[0], dgate[i]) && same_bits(dlambda[0], dlambda[i]));
+        }
+        gpu_end_case();
+    }
+}
+
 static void lines(int n, int C) {
     size_t nC = (size_t)n * C;
-    floatX *x = bench_array<floatX>(nC), *y = bench_array<floatX>(nC),
-           *dx = bench_array<floatX>(nC);
-    float *s = bench_array<float>(n), *gate = bench_array<float>(SMEAR_CHANNELS),
-          *dgate = bench_array<float>(SMEAR_CHANNELS), *lambda = bench_array<float>(1),
-          *dlambda = bench_array<float>(1);
+    floatX *x = filled_array<floatX>(nC), *y = filled_array<floatX>(nC),
+           *dx = filled_array<floatX>(nC);
+    float *s = filled_array<float>(n), *gate = filled_array<float>(SMEAR_CHANNELS),
+          *dgate = filled_array<float>(SMEAR_CHANNELS), *lambda = filled_array<float>(1),
+          *dlambda = filled_array<float>(1);
     int *in_row = gpu_expected<int>(n), *absolute = gpu_expected<int>(n);
     test_documents(in_row, absolute, DOCS_ONE, n / 2048, 2048);
     int *doc_start = gpu_ints("doc_start", absolute, n);
@@ -136,5 +189,7 @@ int main(int argc, char **argv) {
     RUN(smear);
     RUN(lambda_zero);
     RUN(sums_over_many_tokens);
+    RUN(same_bits_again);
+    RUN(beyond_2_31_elements);
     return test_end();
 }
