@@ -60,20 +60,27 @@ typedef struct {
 // Of no use but to be asked for: this program holds code for the GPU, or it does not.
 [[maybe_unused]] static __global__ void gpu_code_kernel(void) {}
 
-// Exits 7 when the program was built for other architectures than the GPU's.
-static inline void gpu_require_code(const Gpu *g) {
+// Makes the context and asks for code. Exits 7 when another process holds the GPU, or the program
+// was built for other architectures.
+static inline void gpu_open(const Gpu *g) {
     const int built_for[] = {__CUDA_ARCH_LIST__};
     char list[100] = "";
     cudaFuncAttributes code;
-    cudaError_t e = cudaFuncGetAttributes(&code, gpu_code_kernel);
+    cudaError_t e = cudaSetDevice(0);
+    if (e == cudaSuccess) e = cudaFree(NULL);  // before CUDA 12 only this makes a context
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&code, gpu_code_kernel);
     if (e == cudaSuccess) return;
+    if (e != cudaErrorNoKernelImageForDevice && e != cudaErrorInvalidDeviceFunction)
+        die(EXIT_DEVICE,
+            "%s: cannot be opened (%s); nvidia-smi tells which processes use it, and whether its "
+            "compute mode lets one alone do so",
+            g->name, cudaGetErrorString(e));
     for (int arch : built_for)
         snprintf(list + strlen(list), sizeof list - strlen(list), " %d", arch / 10);
     die(EXIT_DEVICE,
-        "%s: found a GPU of architecture %d%d, expected one that this program was built for:%s "
-        "(%s); build it with make ARCH=%d%d%s",
-        g->name, g->major, g->minor, list, cudaGetErrorString(e), g->major, g->minor,
-        g->major == 9 ? "a" : "");
+        "%s: found a GPU of architecture %d%d, expected one that this program was built for:%s; "
+        "build it with make ARCH=%d%d%s",
+        g->name, g->major, g->minor, list, g->major, g->minor, g->major == 9 ? "a" : "");
 }
 
 // Opens GPU 0 of those visible. Exits 7, saying why, when there is none, its driver is too old, it
@@ -92,13 +99,6 @@ static inline void gpu_init(Gpu *g) {
             "GPU: found none (%s); nvidia-smi and CUDA_VISIBLE_DEVICES tell what is visible; "
             "train_gpt2 trains on the CPU",
             e == cudaSuccess ? "no device is visible" : cudaGetErrorString(e));
-    e = cudaSetDevice(0);
-    if (e == cudaSuccess) e = cudaFree(NULL);  // before CUDA 12 only this opens it
-    if (e != cudaSuccess)
-        die(EXIT_DEVICE,
-            "GPU 0: cannot be opened (%s); nvidia-smi tells which processes use it, and whether "
-            "its compute mode lets one alone do so",
-            cudaGetErrorString(e));
     cudaDeviceProp p;
     CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
     snprintf(g->name, sizeof g->name, "%s", p.name);
@@ -106,7 +106,7 @@ static inline void gpu_init(Gpu *g) {
     g->major = p.major, g->minor = p.minor;
     g->memory = p.totalGlobalMem;
     g->taken = 0;
-    gpu_require_code(g);
+    gpu_open(g);
 }
 
 // Device memory; `what` and what to lower stand in the message when there is too little (exit 7).
