@@ -240,7 +240,7 @@ struct Model {
     Feed feed;              // two sets of slots, each of one for every micro-step
     int set;                // the one for the next step
     bool loaded;            // its micro-batches are in it
-    float *host_losses;     // (n) pinned, for validation
+    float *host_losses;     // (max_tokens) pinned, for validation
     size_t max_tokens;      // n
     Phase phase;            // of the last step
     cudaGraphExec_t graph;  // step_work in that phase; NULL: not captured
@@ -276,19 +276,20 @@ static double attention_flops(int n, int T, int C, int W, int products) {
     return 2.0 * products * n * C * keys;
 }
 
-// In a build with USE_CUDNN=1 whole micro-batches have cuDNN's attention, which must plan each shape.
-// Samples, the last rows of a validation and smaller phases stay with ours.
 #ifdef USE_CUDNN
-static bool is_cudnns(const Model *m, const DeviceBatch *b) {
+// Whether attention is cuDNN's, which must plan each shape: of whole micro-batches. Samples, the
+// last rows of a validation and smaller phases stay with ours.
+static bool by_cudnn(const Model *m, const DeviceBatch *b) {
     return b->T == m->cfg.T && (size_t)b->n == m->max_tokens;
 }
 #endif
 
+// From l->qkv to att and lse.
 static void attend(Model *m, const DeviceBatch *b, LayerActivations *l, int W) {
     int n = b->n, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
     const floatX *q = l->qkv, *k = q + C, *v = k + C;
 #ifdef USE_CUDNN
-    if (is_cudnns(m, b)) {
+    if (by_cudnn(m, b)) {
         cudnn_attention_forward(m->cudnn, l->att, l->lse, q, k, v, m->cudnn_work, n, b->T, H, D, W,
                                 C, 3 * C, m->stream);
         return;
@@ -304,7 +305,7 @@ static void attend_backward(Model *m, const DeviceBatch *b, const LayerActivatio
     const floatX *q = l->qkv, *k = q + C, *v = k + C;
     floatX *dq = a->dqkv, *dk = dq + C, *dv = dk + C;
 #ifdef USE_CUDNN
-    if (is_cudnns(m, b)) {
+    if (by_cudnn(m, b)) {
         cudnn_attention_backward(m->cudnn, dq, dk, dv, a->dh, l->att, l->lse, q, k, v,
                                  m->cudnn_work, n, b->T, H, D, W, C, 3 * C, m->stream);
         return;
@@ -314,7 +315,8 @@ static void attend_backward(Model *m, const DeviceBatch *b, const LayerActivatio
                        W, C, 3 * C, m->stream);
 }
 
-// From tokens to the head's input a.hf. The caller holds the last block, as of all that follows.
+// From tokens to the head's input a.hf. Of the weights the caller holds the last block, with all
+// lambdas, through this and whatever it does then.
 static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
     const Config *c = &m->cfg;
     const Views<floatX> *w = weights_get(m, 0);
@@ -674,7 +676,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
 // =============================================================================================
 // Validation and samples.
 
-// Given rows in the first place of the GPU: between steps it is free, and so are the last one's slots.
+// Given rows in the GPU's first place. Between steps it is free, as are the slots of the last one.
 static DeviceBatch send_rows(Model *m, const int *inputs, const int *targets, int rows, int T) {
     int slot = (1 - m->set) * m->feed.places;
     feed_put(&m->feed, slot, inputs, targets, rows, T);
@@ -782,10 +784,9 @@ static void cudnn_init(Model *m, const Phase *phase) {
 
 // Lays out the small things from `memory` on; returns their bytes. NULL: only counts.
 static size_t numbers_layout(Model *m, char *memory) {
-    size_t at = 0, tensors = (size_t)m->table.count, chunks = 0;
+    size_t at = 0, tensors = (size_t)m->table.count;
+    size_t chunks = m->table.numel / NORM_CHUNK + tensors;  // at most: each tensor's last is short
     size_t angles = (size_t)m->cfg.T * (size_t)(m->cfg.D / 2) * sizeof(float);
-    for (size_t i = 0; i < tensors; i++)
-        chunks += (size_t)grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
     m->step = (StepState *)place(memory, &at, sizeof *m->step);
     m->norm_partial = (double *)place(memory, &at, chunks * sizeof(double));
     m->tensor_norm = (double *)place(memory, &at, tensors * sizeof(double));

@@ -4,7 +4,7 @@
 //
 //     tokens (n)  |  targets (n)  |  doc_start (n)  |  index (llmc/embed_index.h)
 //
-// feed_load fills a slot, in pinned host memory, from the loader: half a millisecond of one core for
+// feed_load fills a slot, in pinned host memory, from the loader: half a millisecond of a core for
 // 131,072 tokens, beside which the GPU computes. feed_send copies as much of it as there is, 2 to 4
 // MB of those, to a place in device memory, on the stream that computes.
 //

@@ -67,7 +67,7 @@ static int *documents(const int *tokens, int rows, int T, bool doc_mask) {
     return start;
 }
 
-// A slot sent to a place is of these tokens there. targets may be NULL: then they are not looked at.
+// A slot sent to a place is of these tokens there. Without targets they are not looked at.
 static DeviceBatch check_batch(Feed *f, int slot, int place, const int *tokens, const int *targets,
                                int rows, int T, bool doc_mask) {
     cudaStream_t compute;
