@@ -286,6 +286,15 @@ static inline LoaderOrigin loader_find_origin(const Loader *l, const Row *row) {
     return origin;
 }
 
+// A plan whose rows are not of the loader's one length ends here.
+static inline void loader_require_length(const Loader *l, int T) {
+    if (T != l->rows.config.T)
+        die(EXIT_USAGE,
+            "a phase of the plan: found rows of %d tokens, expected %d, --seq-len, throughout: the "
+            "loader's rows keep one length",
+            T, l->rows.config.T);
+}
+
 // Hands out this rank's B of the next ranks*B rows.
 static inline void loader_next(Loader *l,
                                int32_t *inputs,   // (B, T)

@@ -92,6 +92,18 @@ TEST(timing_does_not_change_rows) {
     corpus_free(&c);
 }
 
+TEST(rows_keep_one_length) {
+    Corpus c = corpus_three();
+    RowsConfig config = corpus_config(&c, T, true, true);
+    DIES(EXIT_USAGE, "found rows of 13 tokens, expected 12, --seq-len, throughout") {
+        Loader loader;
+        loader_init(&loader, &config, 0, 1);
+        loader_require_length(&loader, T);
+        loader_require_length(&loader, T + 1);
+    }
+    corpus_free(&c);
+}
+
 // Resumes after every call of a run over three epochs, in a new loader, with other ranks.
 static void resume_everywhere(bool bestfit, bool keep) {
     int ends[6];
@@ -299,6 +311,7 @@ int main(void) {
     RUN(stream_rows_are_the_same_for_any_ranks);
     RUN(batch_may_change_at_any_call);
     RUN(timing_does_not_change_rows);
+    RUN(rows_keep_one_length);
     RUN(bestfit_resumes_after_every_call);
     RUN(bestfit_with_dropped_tails_resumes_after_every_call);
     RUN(stream_resumes_after_every_call);
