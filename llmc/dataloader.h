@@ -27,8 +27,9 @@
 #define LOADER_AHEAD 4  // calls of loader_next to plan ahead
 
 typedef struct {
-    uint64_t seed, epoch;
-    uint64_t row;          // rows of the epoch that all ranks together have consumed
+    uint64_t seed;
+    uint64_t epoch;        // of the last row (Row.epoch)
+    uint64_t row;          // rows that all ranks together have consumed since the start of the run
     uint64_t fingerprint;  // of the shards and the way of packing
 } LoaderState;
 
