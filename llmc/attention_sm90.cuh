@@ -436,12 +436,11 @@ typedef struct {
 } QueryRows;
 
 template <int D> struct KeyShared {
-    Tile<D, BLOCK_ROWS> k, v;
+    Tile<D, BLOCK_ROWS> k[KEY_STAGES], v[KEY_STAGES];  // results pass through them when all is done
     Tile<D, QUERIES> q[QUERY_STAGES], dout[QUERY_STAGES];
-    Tile<D, BLOCK_ROWS> out[2];
     QueryRows rows[QUERY_STAGES];
-    uint64_t held_full, held_empty, full[QUERY_STAGES], empty[QUERY_STAGES];
-    Work work;  // that k and v are of
+    uint64_t held_full[KEY_STAGES], held_empty[KEY_STAGES], full[QUERY_STAGES], empty[QUERY_STAGES];
+    Work work[KEY_STAGES];  // that k and v are of
 };
 
 // The next piece of work, found by a warp together.
@@ -458,25 +457,27 @@ __device__ __forceinline__ Work take_keys(const Attention &a, unsigned *taken) {
     return work;
 }
 
-// One warp copies: for each piece of work k and v, then the tiles of queries from first to last.
+// One warp copies: for each piece of work k and v, while the last one is still computed, then the
+// tiles of queries from first to last.
 template <int D>
 __device__ __forceinline__ void key_producer(KeyShared<D> &shared, const Attention &a,
                                              const Maps &maps, unsigned *taken) {
     int lane = lane_id();
-    Ring ring = {0, 0};
+    Ring ring = {0, 0}, held = {0, 0};
     Work next = take_keys(a, taken);
-    for (unsigned parity = 0;; parity ^= 1) {
+    for (;; ring_next<KEY_STAGES>(held)) {
         Work work = next;
         int column = work.head * D;
-        mbarrier_wait(&shared.held_empty, parity ^ 1);
+        uint64_t *held_full = &shared.held_full[held.stage];
+        mbarrier_wait(&shared.held_empty[held.stage], held.parity ^ 1);
         if (lane == 0) {
-            shared.work = work;
+            shared.work[held.stage] = work;
             if (work.t1 == NO_WORK)
-                mbarrier_arrive(&shared.held_full);
+                mbarrier_arrive(held_full);
             else {
-                mbarrier_expect(&shared.held_full, sizeof shared.k + sizeof shared.v);
-                tile_load(shared.k, maps.k, work.row, column, &shared.held_full);
-                tile_load(shared.v, maps.v, work.row, column, &shared.held_full);
+                mbarrier_expect(held_full, sizeof shared.k[0] + sizeof shared.v[0]);
+                tile_load(shared.k[held.stage], maps.k, work.row, column, held_full);
+                tile_load(shared.v[held.stage], maps.v, work.row, column, held_full);
             }
         }
         if (work.t1 == NO_WORK) return;
@@ -535,11 +536,12 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
     int column = lane_id() % 4 * 2;
     float dk[D / 2], dv[D / 2], s[QUERIES / 2], dp[QUERIES / 2];
     unsigned p[QUERIES / 16][4], ds[QUERIES / 16][4];
-    Ring ring = {0, 0};
+    Ring ring = {0, 0}, held = {0, 0};
 
-    for (unsigned parity = 0;; parity ^= 1) {
-        mbarrier_wait(&shared.held_full, parity);
-        Work work = shared.work;
+    for (;; ring_next<KEY_STAGES>(held)) {
+        mbarrier_wait(&shared.held_full[held.stage], held.parity);
+        Work work = shared.work[held.stage];
+        Tile<D, BLOCK_ROWS> &k = shared.k[held.stage], &v = shared.v[held.stage];
         if (work.t1 == NO_WORK) return;
         int key = work.row + w + lane_id() / 4, group_key = work.row + top;
         int t0 = group_key / QUERIES, t1 = group ? work.t1 : work.t1_first;
@@ -550,11 +552,11 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
         for (int t = t0; t <= t1; t++) {
             const QueryRows &rows = shared.rows[ring.stage];
             mbarrier_wait(&shared.full[ring.stage], ring.parity);
-            multiply_rows(s, shared.k, top, shared.q[ring.stage]);
+            multiply_rows(s, k, top, shared.q[ring.stage]);
             wgmma_wait<1>();  // dk and dv have all of tile t - 1
             pin(dk), pin(dv), pin(p), pin(ds);
             if (t > t0) release(&shared.empty[before.stage]);
-            multiply_rows(dp, shared.v, top, shared.dout[ring.stage]);
+            multiply_rows(dp, v, top, shared.dout[ring.stage]);
             wgmma_wait<1>();
             pin(s);
 #pragma unroll
@@ -585,11 +587,13 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
         wgmma_wait<0>();
         pin(dk), pin(dv), pin(p), pin(ds);
         if (t0 <= t1) release(&shared.empty[before.stage]);
-        release(&shared.held_empty);
         skip_queries(shared, ring, max(t0, t1 + 1), work.t1 + 1);
         float one[2] = {1, 1}, scale[2] = {a.scale, a.scale};
-        store_rows<D>(a.dv + work.head * D, dv, one, shared.out[0], w, work.row + w, a.n, a.ld);
-        store_rows<D>(a.dk + work.head * D, dk, scale, shared.out[1], w, work.row + w, a.n, a.ld);
+        barrier_sync(1 + group, WARPGROUP);  // nobody multiplies the warpgroup's k and v any more
+        store_rows<D>(a.dv + work.head * D, dv, one, v, w, work.row + w, a.n, a.ld);
+        store_rows<D>(a.dk + work.head * D, dk, scale, k, w, work.row + w, a.n, a.ld);
+        fence_async();
+        release(&shared.held_empty[held.stage]);
     }
 }
 
@@ -599,7 +603,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     if constexpr (PTX_SM90) {
         extern __shared__ __align__(1024) unsigned char memory[];
         KeyShared<D> &shared = *reinterpret_cast<KeyShared<D> *>(memory);
-        ring_init(&shared.held_full, &shared.held_empty, 1, 1, CONSUMER_WARPS);
+        ring_init(shared.held_full, shared.held_empty, KEY_STAGES, 1, CONSUMER_WARPS);
         ring_init(shared.full, shared.empty, QUERY_STAGES, 2, CONSUMER_WARPS);  // 2: copies, rows
         __syncthreads();
         if (threadIdx.x / WARPGROUP == CONSUMERS) {
