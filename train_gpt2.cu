@@ -55,11 +55,15 @@
 
 #ifdef PRECISION_FP32
 #include "llmc/attention_fp32.cuh"  // attention_forward, attention_backward
+#elif defined HOPPER
+#include "llmc/attention_sm90.cuh"  // the same for sm_90a
 #else
-#include "llmc/attention.cuh"  // attention_forward, attention_backward
+#include "llmc/attention.cuh"  // the same for sm_80 and up
 #endif
 #ifdef USE_CUDNN
 #include "llmc/cudnn_attention.h"  // cudnn_attention_forward, cudnn_attention_backward
+#undef ATTENTION_NAME
+#define ATTENTION_NAME "cuDNN"
 #endif
 
 // =============================================================================================
@@ -976,8 +980,8 @@ static double peak_flops(const Gpu *g) {
 ModelFacts model_facts(const Model *m) {
     size_t left = 0, all = 0;
     CUDA_CHECK(cudaMemGetInfo(&left, &all));
-    ModelFacts facts = {"train_gpt2cu (" PRECISION_NAME ")", m->gpu.name, peak_flops(&m->gpu),
-                        all - left};
+    ModelFacts facts = {"train_gpt2cu (" PRECISION_NAME ", attention " ATTENTION_NAME ")",
+                        m->gpu.name, peak_flops(&m->gpu), all - left};
     return facts;
 }
 

@@ -141,10 +141,15 @@ static inline void *gpu_alloc_host(size_t bytes, const char *what) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Sums.
+// Warps and sums.
 
 template <class Int> __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
     return (a + b - 1) / b;
+}
+
+__device__ __forceinline__ int lane_id(void) { return (int)(threadIdx.x % WARP); }
+__device__ __forceinline__ int warp_id(void) {  // the compiler must see that lanes have the same
+    return __shfl_sync(FULL_WARP, (int)(threadIdx.x / WARP), 0);
 }
 
 // Sum over the lanes of a warp, in every lane.

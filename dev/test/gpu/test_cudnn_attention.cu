@@ -1,7 +1,11 @@
 // test_cudnn_attention.cu: cuDNN's attention (llmc/cudnn_attention.h) against our own
-// (llmc/attention.cuh); with the argument `bench`, the speed of both. Built with USE_CUDNN=1 only.
+// (llmc/attention.cuh, llmc/attention_sm90.cuh); with the argument `bench`, the speed of both. Built with USE_CUDNN=1 only.
 #include "dev/test/gpu/test_gpu.cuh"
-#include "llmc/attention.cuh"      // attention_forward, attention_backward
+#ifdef HOPPER
+#include "llmc/attention_sm90.cuh"  // attention_forward, attention_backward
+#else
+#include "llmc/attention.cuh"  // attention_forward, attention_backward
+#endif
 #include "llmc/cudnn_attention.h"  // cudnn_attention_forward, cudnn_attention_backward
 
 constexpr size_t ROOM = (size_t)4 << 30;  // for the deterministic backward
