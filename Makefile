@@ -18,7 +18,8 @@ BLAS    := $(shell pkg-config --exists openblas 2>/dev/null && echo -DUSE_OPENBL
 BLAS_L  := $(if $(BLAS),$(shell pkg-config --libs openblas))
 
 # CUDA: nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda, and the architectures to build for:
-# ARCH=80,90a, or this machine's GPUs' (9.0 is 90a), or 90a.
+# ARCH=80,90a, or this machine's GPUs' (9.0 is 90a), or 90a. For 90a alone HOPPER is defined: kernels
+# of Hopper's own take the place of portable ones.
 NVCC     := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA_DIR := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_LIB := $(patsubst %/libcublasLt.so,%,$(firstword $(wildcard $(addsuffix /libcublasLt.so,$(CUDA_DIR)/lib64 $(CUDA_DIR)/lib /usr/lib/*-linux-gnu))))
@@ -29,6 +30,7 @@ GPU_ARCH := $(if $(CUDA),$(shell nvidia-smi --query-gpu=compute_cap --format=csv
 ARCH     ?= $(or $(GPU_ARCH),90a)
 comma    := ,
 GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
+HOPPER   := $(if $(filter-out 90a,$(ARCH)),,-DHOPPER)
 FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)
 $(if $(filter BF16 FP32,$(PRECISION)),,$(error PRECISION: found $(PRECISION), expected BF16 or FP32))
 
@@ -44,7 +46,7 @@ endif
 ALL_CFLAGS = -std=gnu11 $(CFLAGS) -fno-math-errno -Wall -Wextra $(if $(OPENMP),,-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror) -I. -MMD -MP $(OPENMP) $(PCRE2) $(EXTRA)
 LDLIBS     = $(PCRE2_L) -lm -lpthread
-NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
+NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) $(HOPPER) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror all-warnings) $(PCRE2)
 CUDA_LIBS  = -L$(CUDA_LIB) -lcublasLt $(if $(filter /usr/%-linux-gnu,$(CUDA_LIB)),,-Xlinker -rpath=$(CUDA_LIB)) $(LDLIBS)
 nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $< $(filter %.o,$^) -o $@ \
