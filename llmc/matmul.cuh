@@ -25,8 +25,13 @@
 // or waits after matmul_init, so every product can be captured in a CUDA graph. There is one
 // workspace: products of one Matmul must run on one stream, or behind one another.
 //
-// Leaves out: activations fused into a product; the making of FP8 operands and their scales (an
-// operand that comes as FP8, with its scale and its transposed copy, is multiplied).
+// EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for Hopper
+// alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes; else the product is
+// cuBLASLt's, and llmc/relu2.cuh's kernel follows. Both leave the same in memory, but for the
+// rounding to BF16 of a product that comes to memory in between.
+//
+// Leaves out: the making of FP8 operands and their scales (an operand that comes as FP8, with its
+// scale and its transposed copy, is multiplied).
 #ifndef LLMC_MATMUL_CUH
 #define LLMC_MATMUL_CUH
 
@@ -35,6 +40,22 @@
 #include <string.h>
 
 #include "llmc/cuda_common.cuh"  // floatX, bf16, Gpu, gpu_alloc, CUDA_CHECK
+#include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
+
+#if defined(HOPPER) && !defined(PRECISION_FP32)
+#include "llmc/gemm_sm90.cuh"  // GemmSm90, gemm_sm90_relu2_forward, gemm_sm90_relu2_backward
+#else
+typedef struct {
+} GemmSm90;
+static inline void gemm_sm90_init(GemmSm90 *, const Gpu *) {}
+static inline void gemm_sm90_free(GemmSm90 *) {}
+static inline bool gemm_sm90_fits(int, int) { return false; }
+static inline void gemm_sm90_relu2_forward(GemmSm90 *, floatX *, floatX *, const floatX *,
+                                           const floatX *, int, int, int, cudaStream_t) {}
+static inline void gemm_sm90_relu2_backward(GemmSm90 *, floatX *, floatX *, const floatX *,
+                                            const floatX *, const floatX *, int, int, int,
+                                            cudaStream_t) {}
+#endif
 
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;  // bytes
 constexpr int MATMUL_PLANS = 1024;             // places for plans; half of them are used at most
@@ -59,12 +80,15 @@ static inline MatmulOperand matmul_operand(const float *data) {
 
 // What happens to a product on its way to memory.
 typedef enum {
-    MATMUL_STORE,  // y = product
-    MATMUL_ADD,    // y = extra + product; extra NULL: y += product
+    MATMUL_STORE,           // y = product
+    MATMUL_ADD,             // y = extra + product; extra NULL: y += product
+    MATMUL_RELU2,           // of forward: also = relu(product), y = also^2
+    MATMUL_RELU2_BACKWARD,  // of dgrad: dx = 2 extra product, also = extra^2; extra is relu's
 } MatmulEpilogueKind;
 struct MatmulEpilogue {
     MatmulEpilogueKind kind;
-    const void *extra = NULL;  // of y's shape and type; may be y
+    const floatX *extra = NULL;  // of y's shape, read; may be y where it is added
+    floatX *also = NULL;         // of y's shape, written
 };
 
 // What an algorithm is chosen by.
@@ -84,6 +108,7 @@ typedef struct {
     void *workspace;   // (MATMUL_WORKSPACE bytes), on the device
     MatmulPlan *plan;  // (MATMUL_PLANS): a hash table
     int planned;       // places in use
+    GemmSm90 fused;
 } Matmul;
 
 // A product in cuBLASLt's words.
@@ -108,9 +133,11 @@ static inline void matmul_init(Matmul *m, Gpu *g) {
     m->workspace = gpu_alloc(g, MATMUL_WORKSPACE, "the workspace of matrix products");
     m->plan = (MatmulPlan *)die_alloc(MATMUL_PLANS, sizeof *m->plan, "plans of matrix products");
     m->planned = 0;
+    gemm_sm90_init(&m->fused, g);
 }
 
 static inline void matmul_free(Matmul *m) {
+    gemm_sm90_free(&m->fused);
     cublasLtDestroy(m->lt);
     CUDA_CHECK(cudaFree(m->workspace));
     free(m->plan);
@@ -219,14 +246,28 @@ static inline void matmul(Matmul *m, void *d, cudaDataType_t d_type, MatmulOpera
 // ---------------------------------------------------------------------------------------------
 // The three products of a linear layer y = x W^T, W (out, in), over n rows.
 
+// Whether ReLU^2 is done on the way of such a product, `columns` wide, over `sum` terms.
+static inline bool matmul_fuses(MatmulOperand a, MatmulOperand b, int columns, int sum) {
+    return gemm_sm90_fits(columns, sum) && a.type == CUDA_R_16BF && b.type == CUDA_R_16BF;
+}
+
 static inline void matmul_forward(Matmul *m,
                                   floatX *y,        // (n, N)
                                   MatmulOperand x,  // (n, K)
                                   MatmulOperand w,  // (N, K)
                                   MatmulEpilogue epilogue, int n, int K, int N,
                                   cudaStream_t stream) {
-    matmul(m, y, matmul_operand(y).type, x, false, w, true, epilogue.extra, 1,
+    bool relu2 = epilogue.kind == MATMUL_RELU2;
+    floatX *product = relu2 ? epilogue.also : y;
+    assert(epilogue.kind != MATMUL_RELU2_BACKWARD);
+    if (relu2 && matmul_fuses(x, w, N, K)) {
+        gemm_sm90_relu2_forward(&m->fused, y, product, (const floatX *)x.data,
+                                (const floatX *)w.data, n, K, N, stream);
+        return;
+    }
+    matmul(m, product, matmul_operand(y).type, x, false, w, true, epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, N, K, 1, stream);
+    if (relu2) relu2_forward(y, product, (size_t)n * (size_t)N, stream);
 }
 
 static inline void matmul_dgrad(Matmul *m,
@@ -234,8 +275,17 @@ static inline void matmul_dgrad(Matmul *m,
                                 MatmulOperand dy,  // (n, N)
                                 MatmulOperand w,   // (N, K)
                                 MatmulEpilogue epilogue, int n, int K, int N, cudaStream_t stream) {
-    matmul(m, dx, matmul_operand(dx).type, dy, false, w, false, epilogue.extra, 1,
+    bool relu2 = epilogue.kind == MATMUL_RELU2_BACKWARD;
+    const floatX *r = epilogue.extra;
+    assert(epilogue.kind != MATMUL_RELU2);
+    if (relu2 && matmul_fuses(dy, w, K, N)) {
+        gemm_sm90_relu2_backward(&m->fused, dx, epilogue.also, (const floatX *)dy.data,
+                                 (const floatX *)w.data, r, n, K, N, stream);
+        return;
+    }
+    matmul(m, dx, matmul_operand(dx).type, dy, false, w, false, relu2 ? NULL : epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, K, N, 1, stream);
+    if (relu2) relu2_backward(dx, epilogue.also, r, (size_t)n * (size_t)K, stream);
 }
 
 static inline void matmul_wgrad(Matmul *m,

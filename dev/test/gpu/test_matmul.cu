@@ -1,7 +1,8 @@
-// test_matmul.cu: products (llmc/matmul.cuh) against sums in double on the host.
+// test_matmul.cu: products (llmc/matmul.cuh) against sums in double on the host. `test_matmul
+// bench` times those that end in ReLU^2.
 #include <cuda_fp8.h>
 
-#include "dev/test/gpu/test_gpu.cuh"
+#include "dev/test/gpu/test_tokens.cuh"  // filled_array
 #include "llmc/matmul.cuh"  // matmul_forward, matmul_dgrad, matmul_wgrad, matmul_batched
 
 static Matmul mm;
@@ -158,6 +159,165 @@ TEST(same_bits_again) {
     }
 }
 
+// ---------------------------------------------------------------------------------------------
+// ReLU^2 behind a product. Whether or not a kernel does both, the same must lie in memory.
+
+// What a case is made of: a (n, sum), b (columns, sum) or, in backward, (sum, columns), and the
+// product (n, columns).
+typedef struct {
+    int n, columns, sum;
+    GpuArray<floatX> a, b;
+    float *product;
+} Relu2;
+#define RELU2_SHAPE "n %d, columns %d, sum %d", c.n, c.columns, c.sum
+
+static Relu2 relu2_case(int n, int columns, int sum, bool backward) {
+    Relu2 c = {n,
+               columns,
+               sum,
+               gpu_normal<floatX>("a", (size_t)n * (size_t)sum, 1),
+               gpu_normal<floatX>("b", (size_t)columns * (size_t)sum, 1),
+               gpu_expected((size_t)n * (size_t)columns)};
+    reference(c.product, c.a.host, false, c.b.host, !backward, NULL, 1, 0, n, columns, sum, 1);
+    return c;
+}
+
+static GpuArray<floatX> relu2_result(const char *name, const Relu2 *c) {
+    return gpu_poisoned<floatX>(name, (size_t)c->n * (size_t)c->columns);
+}
+
+// To y and r, on a stream.
+static void run_forward(const Relu2 *c, GpuArray<floatX> &y, GpuArray<floatX> &r,
+                        cudaStream_t stream) {
+    matmul_forward(&mm, y.device, matmul_operand(c->a.device), matmul_operand(c->b.device),
+                   {MATMUL_RELU2, NULL, r.device}, c->n, c->sum, c->columns, stream);
+}
+
+// From r to dz and y.
+static void run_backward(const Relu2 *c, GpuArray<floatX> &dz, GpuArray<floatX> &y,
+                         const GpuArray<floatX> &r, cudaStream_t stream) {
+    matmul_dgrad(&mm, dz.device, matmul_operand(c->a.device), matmul_operand(c->b.device),
+                 {MATMUL_RELU2_BACKWARD, r.device, y.device}, c->n, c->columns, c->sum, stream);
+}
+
+// y must be the square of r as floatX holds it, bit for bit.
+static void check_square(const GpuArray<floatX> &y, GpuArray<floatX> &r, const Relu2 *c) {
+    float *square = gpu_expected(r.count);
+    gpu_read(r);
+    for (size_t i = 0; i < r.count; i++) square[i] = r.host[i] * r.host[i];
+    if (!same_bits(y, gpu_copy<floatX>("r^2", square, r.count)))
+        test_check(false, __FILE__, __LINE__, "y is not r^2: n %d, columns %d, sum %d", c->n,
+                   c->columns, c->sum);
+}
+
+static void check_relu2_forward(int n, int columns, int sum) {
+    Relu2 c = relu2_case(n, columns, sum, false);
+    GpuArray<floatX> y = relu2_result("y", &c), y_again = relu2_result("y again", &c);
+    GpuArray<floatX> r = relu2_result("r", &c), r_again = relu2_result("r again", &c);
+    run_forward(&c, y, r, 0);
+    run_forward(&c, y_again, r_again, 0);
+    for (size_t i = 0; i < r.count; i++) c.product[i] = fmaxf(c.product[i], 0);
+    gpu_compare(r, c.product, n, columns, RELU2_SHAPE);
+    check_square(y, r, &c);
+    CHECK(same_bits(y, y_again) && same_bits(r, r_again));
+    gpu_end_case();
+}
+
+static void check_relu2_backward(int n, int columns, int sum) {
+    Relu2 c = relu2_case(n, columns, sum, true);
+    GpuArray<floatX> r = gpu_normal<floatX>("r", (size_t)n * (size_t)columns, 2);
+    for (size_t i = 0; i < r.count; i++) r.host[i] = fmaxf(r.host[i], 0);
+    r = gpu_copy<floatX>("r", r.host, r.count);
+    GpuArray<floatX> y = relu2_result("y", &c), y_again = relu2_result("y again", &c);
+    GpuArray<floatX> dz = relu2_result("dz", &c), dz_again = relu2_result("dz again", &c);
+    run_backward(&c, dz, y, r, 0);
+    run_backward(&c, dz_again, y_again, r, 0);
+    for (size_t i = 0; i < r.count; i++) c.product[i] *= 2 * r.host[i];
+    gpu_compare(dz, c.product, n, columns, RELU2_SHAPE);
+    check_square(y, r, &c);
+    CHECK(same_bits(y, y_again) && same_bits(dz, dz_again));
+    gpu_end_case();
+}
+
+// Sizes that a kernel of Hopper's takes and sizes that it does not; at the end more tiles than SMs,
+// in several bands.
+static void each_relu2(void (*check)(int n, int columns, int sum)) {
+    static const int shape[][2] = {{256, 64}, {256, 128}, {8, 48},     {384, 128},
+                                   {256, 72}, {768, 320}, {3072, 768}, {768, 3072}};
+    for (auto s : shape)
+        for (int n : {1, 64, 65, 127, 128, 129, 256, 257, 1000})
+            if (!grid_small || (n < 130 && s[0] < 768)) check(n, s[0], s[1]);
+    if (!grid_small) check(9000, 3072, 192);
+}
+
+TEST(relu2_epilogue) { each_relu2(check_relu2_forward); }
+TEST(relu2_backward_epilogue) { each_relu2(check_relu2_backward); }
+
+// NaN stays NaN on its way through, and spoils nothing but its row; so does infinity.
+TEST(relu2_not_finite) {
+    for (int columns : {256, 264}) {
+        Relu2 c = relu2_case(130, columns, 128, false);
+        for (int k = 0; k < c.sum; k++) c.a.host[5 * c.sum + k] = 0, c.a.host[129 * c.sum + k] = 0;
+        c.a.host[5 * c.sum + 77] = NAN, c.a.host[129 * c.sum] = INFINITY;
+        c.a = gpu_copy<floatX>("a", c.a.host, c.a.count);
+        GpuArray<floatX> y = relu2_result("y", &c), r = relu2_result("r", &c);
+        GpuArray<floatX> dz = relu2_result("dz", &c), again = relu2_result("again", &c);
+        run_forward(&c, y, r, 0);
+        run_backward(&c, dz, again, r, 0);
+        gpu_read(y), gpu_read(r), gpu_read(dz), gpu_read(again);
+        for (int i = 0; i < 130 * columns; i++) {
+            int row = i / columns;
+            bool nan = isnan(r.host[i]) && isnan(y.host[i]) && isnan(again.host[i]);
+            bool finite = isfinite(r.host[i]) && isfinite(y.host[i]) && isfinite(again.host[i]);
+            if (row == 5 ? nan && isnan(dz.host[i])
+                         : row == 129 || (finite && isfinite(dz.host[i])))
+                continue;
+            CHECK_INT(i, -1);
+            break;
+        }
+        int infinite = 0;  // where b is positive, and 0 where it is negative
+        for (int j = 0; j < columns; j++) {
+            float b = c.b.host[j * c.sum], found = y.host[129 * columns + j];
+            infinite += b > 0 ? found == INFINITY : b < 0 ? found == 0 : 1;
+        }
+        CHECK_INT(infinite, columns);
+        gpu_end_case();
+    }
+}
+
+// Both kinds, captured, leave the same bits as launched.
+TEST(relu2_captured) {
+    Relu2 c = relu2_case(200, 512, 128, false);
+    GpuArray<floatX> y = relu2_result("y", &c), y_replayed = relu2_result("y replayed", &c);
+    GpuArray<floatX> r = relu2_result("r", &c), r_replayed = relu2_result("r replayed", &c);
+    GpuArray<floatX> dz = relu2_result("dz", &c), dz_replayed = relu2_result("dz replayed", &c);
+    GpuArray<floatX> unused = relu2_result("unused", &c);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    run_forward(&c, y_replayed, r_replayed, stream);
+    run_backward(&c, dz_replayed, unused, r_replayed, stream);
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    run_forward(&c, y, r, stream);
+    run_backward(&c, dz, unused, r, stream);
+    for (int i = 0; i < 2; i++) {
+        CUDA_CHECK(cudaMemsetAsync(r_replayed.device, 0xff, r.count * sizeof(floatX), stream));
+        CUDA_CHECK(cudaGraphLaunch(exec, stream));
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CHECK(same_bits(y, y_replayed) && same_bits(r, r_replayed) && same_bits(dz, dz_replayed));
+    CUDA_CHECK(cudaGraphExecDestroy(exec));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+    gpu_end_case();
+}
+
+// ---------------------------------------------------------------------------------------------
+
 // More shapes than the table of plans holds, as samples bring them.
 TEST(more_shapes_than_plans) {
     const int K = 8, N = 16, all = grid_small ? 40 : MATMUL_PLANS + 50;
@@ -249,14 +409,88 @@ TEST(fp8_operands) {
 }
 #endif
 
-int main(void) {
+// ---------------------------------------------------------------------------------------------
+// Bench: a product that ends in ReLU^2 beside cuBLASLt's and a kernel for ReLU^2.
+
+// Times ours() and theirs() by turns, each call by itself, and prints the medians: a GPU that comes
+// to its power limit lowers its clocks for tenths of a second.
+template <class Ours, class Theirs>
+static void compare(const char *name, int n, int columns, int sum, Ours ours, Theirs theirs) {
+    enum { TIMES = 51 };
+    static cudaEvent_t event[TIMES][3];
+    double us[2][TIMES], flops = 2.0 * n * columns * sum;
+    for (int i = -20; i < TIMES; i++) {
+        for (int k = 0; i >= 0 && k < 3; k++)
+            if (!event[i][k]) CUDA_CHECK(cudaEventCreate(&event[i][k]));
+        if (i >= 0) CUDA_CHECK(cudaEventRecord(event[i][0]));
+        ours();
+        if (i >= 0) CUDA_CHECK(cudaEventRecord(event[i][1]));
+        theirs();
+        if (i >= 0) CUDA_CHECK(cudaEventRecord(event[i][2]));
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < TIMES; i++) {
+            float ms = 0;
+            CUDA_CHECK(cudaEventElapsedTime(&ms, event[i][k], event[i][k + 1]));
+            us[k][i] = 1e3 * ms;
+        }
+        qsort(us[k], TIMES, sizeof(double), [](const void *a, const void *b) {
+            double x = *(const double *)a, y = *(const double *)b;
+            return (x > y) - (x < y);
+        });
+    }
+    double our = us[0][TIMES / 2], their = us[1][TIMES / 2];
+    printf("%-14s %s  n %6d  columns %4d  sum %4d  %8.1f us %4.0f TFLOP/s  (%.0f to %.0f)   "
+           "cuBLASLt + kernel %8.1f us   %.3f\n",
+           name, PRECISION_NAME, n, columns, sum, our, 1e-6 * flops / our, us[0][TIMES / 10],
+           us[0][TIMES - 1 - TIMES / 10], their, our / their);
+}
+
+static void lines(int n, int C) {
+    int F = 4 * C;
+    size_t nF = (size_t)n * F;
+    floatX *x = filled_array<floatX>((size_t)n * C), *w = filled_array<floatX>((size_t)F * C),
+           *r = filled_array<floatX>(nF), *y = filled_array<floatX>(nF),
+           *dz = filled_array<floatX>(nF);
+    MatmulOperand X = matmul_operand(x), W = matmul_operand(w);
+    compare(
+        "fc relu2", n, F, C,
+        [=] {
+            matmul_forward(&mm, y, X, W, {MATMUL_RELU2, NULL, r}, n, C, F, 0);
+        },
+        [=] {
+            matmul_forward(&mm, r, X, W, {MATMUL_STORE}, n, C, F, 0);
+            relu2_forward(y, r, nF, 0);
+        });
+    compare(
+        "relu2 backward", n, F, C,
+        [=] {
+            matmul_dgrad(&mm, dz, X, W, {MATMUL_RELU2_BACKWARD, r, y}, n, F, C, 0);
+        },
+        [=] {
+            matmul_dgrad(&mm, dz, X, W, {MATMUL_STORE}, n, F, C, 0);
+            relu2_backward(dz, y, r, nF, 0);
+        });
+    gpu_end_case();
+}
+
+int main(int argc, char **argv) {
     gpu_test_begin();
     matmul_init(&mm, &test_gpu);
+    if (argc > 1 && !strcmp(argv[1], "bench")) {
+        for (int i = 0; i < 2; i++) lines(131072, 768), lines(65536, 768), lines(32768, 1536);
+        return 0;
+    }
     RUN(forward);
     RUN(dgrad);
     RUN(wgrad_adds);
     RUN(batched);
     RUN(same_bits_again);
+    RUN(relu2_epilogue);
+    RUN(relu2_backward_epilogue);
+    RUN(relu2_not_finite);
+    RUN(relu2_captured);
     RUN(more_shapes_than_plans);
     RUN(capture_in_a_graph);
 #ifndef PRECISION_FP32

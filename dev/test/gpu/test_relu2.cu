@@ -12,18 +12,26 @@ static GpuArray<floatX> some_zeros(const char *name, int count) {
     return gpu_copy<floatX>(name, x.host, count);
 }
 
+// relu(x), which backward takes.
+static GpuArray<floatX> relu_of(const GpuArray<floatX> &x) {
+    float *r = gpu_expected(x.count);
+    for (size_t i = 0; i < x.count; i++) r[i] = x.host[i] <= 0 ? 0 : x.host[i];
+    return gpu_copy<floatX>("r", r, x.count);
+}
+
 TEST(forward) {
     for (int count : all_counts) {
         if (grid_small && count > 2 * FLAT_BLOCK) continue;
-        GpuArray<floatX> x = some_zeros("x", count);
+        GpuArray<floatX> x = some_zeros("x", count), r = gpu_copy<floatX>("r", x.host, count);
         GpuArray<floatX> y = gpu_poisoned<floatX>("y", count);
         float *expected = gpu_expected(count);
-        relu2_forward(y.device, x.device, count, 0);
+        relu2_forward(y.device, r.device, count, 0);
         cpu::relu2_forward(expected, x.host, count);
         gpu_compare(y, expected, 1, count, "count %d", count);
+        gpu_read(r);
         for (int i = 0; i < count; i++)
-            if ((x.host[i] <= 0) != (y.host[i] == 0)) {
-                CHECK_INT(i, -1);  // 0 where x is not positive, and there only
+            if (r.host[i] != fmaxf(x.host[i], 0) || (x.host[i] <= 0) != (y.host[i] == 0)) {
+                CHECK_INT(i, -1);  // r is x, or 0 where x is not positive; y is 0 there only
                 break;
             }
         gpu_end_case();
@@ -39,7 +47,7 @@ TEST(backward) {
         float *dx_expected = gpu_expected(count), *y_expected = gpu_expected(count);
         cpu::relu2_backward(dx_expected, dx.host, x.host, count);
         cpu::relu2_forward(y_expected, x.host, count);
-        relu2_backward(dx.device, y.device, x.device, count, 0);
+        relu2_backward(dx.device, y.device, relu_of(x).device, count, 0);
         gpu_compare(dx, dx_expected, 1, count, "count %d", count);
         gpu_compare(y, y_expected, 1, count, "count %d", count);
         for (int i = 0; i < count; i++)
@@ -58,8 +66,9 @@ TEST(not_finite) {
     for (int i = 3; i < count; i += 83) x.host[i] = i % 2 ? NAN : INFINITY;
     x = gpu_copy<floatX>("x", x.host, count);
     GpuArray<floatX> y = gpu_poisoned<floatX>("y", count), again = gpu_poisoned<floatX>("y", count);
-    relu2_forward(y.device, x.device, count, 0);
-    relu2_backward(dx.device, again.device, x.device, count, 0);
+    GpuArray<floatX> r = gpu_copy<floatX>("r", x.host, count);
+    relu2_forward(y.device, r.device, count, 0);
+    relu2_backward(dx.device, again.device, r.device, count, 0);
     gpu_read(y), gpu_read(again), gpu_read(dx);
     for (int i = 0; i < count; i++) {
         bool nan = isnan(x.host[i]), finite = isfinite(x.host[i]);
@@ -78,23 +87,25 @@ TEST(beyond_2_31_elements) {
     if (!gpu_has_room(3 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
     floatX *x = filled_array<floatX>(m.count), *y = filled_array<floatX>(m.count),
            *dx = filled_array<floatX>(m.count);
-    for (bool backward : {false, true}) {
-        GpuArray<floatX> dy[WINDOWS];
-        for (int i = 0; i < WINDOWS; i++) dy[i] = large_window("dx", dx, &m, i, m.cols);
+    for (bool backward : {false, true}) {  // x is relu(x) the second time
+        GpuArray<floatX> in[WINDOWS], dy[WINDOWS];
+        for (int i = 0; i < WINDOWS; i++) {
+            in[i] = large_window("x", x, &m, i, m.cols);
+            dy[i] = large_window("dx", dx, &m, i, m.cols);
+        }
         CUDA_CHECK(cudaMemset(y, 0xff, m.count * sizeof *y));
         if (backward)
             relu2_backward(dx, y, x, m.count, 0);
         else
             relu2_forward(y, x, m.count, 0);
         for (int i = 0; i < WINDOWS; i++) {
-            GpuArray<floatX> in = large_window("x", x, &m, i, m.cols),
-                             out = large_window("y", y, &m, i, m.cols),
+            GpuArray<floatX> out = large_window("y", y, &m, i, m.cols),
                              d = large_window("dx", dx, &m, i, m.cols);
-            float *expected = gpu_expected(in.count);
-            cpu::relu2_forward(expected, in.host, (int64_t)in.count);
+            float *expected = gpu_expected(out.count);
+            cpu::relu2_forward(expected, in[i].host, (int64_t)out.count);
             gpu_compare(out, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
             if (!backward) continue;
-            cpu::relu2_backward(expected, dy[i].host, in.host, (int64_t)in.count);
+            cpu::relu2_backward(expected, dy[i].host, in[i].host, (int64_t)out.count);
             gpu_compare(d, expected, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
         }
     }
@@ -105,7 +116,7 @@ static void lines(int n, int C) {
     size_t count = (size_t)n * 4 * C;
     floatX *x = filled_array<floatX>(count), *y = filled_array<floatX>(count),
            *dx = filled_array<floatX>(count);
-    bench("relu2_forward", n, C, 2 * 4, [=] { relu2_forward(y, x, count, 0); });
+    bench("relu2_forward", n, C, 3 * 4, [=] { relu2_forward(y, x, count, 0); });
     bench("relu2_backward", n, C, 4 * 4, [=] { relu2_backward(dx, y, x, count, 0); });
 }
 

@@ -1,0 +1,383 @@
+// gemm_sm90.cuh: the MLP's two products of BF16 matrices with ReLU^2 on Hopper, in one kernel each.
+// cuBLASLt multiplies as fast; but it knows no ReLU^2, and a kernel of its own for that reads and
+// writes (n, 4C) numbers again, which takes a third to three quarters of the product's time.
+//
+//     relu2_forward    r  (n, N) = relu(x W^T),    y (n, N) = r^2       x (n, K), W (N, K)
+//     relu2_backward   dz (n, K) = 2 r (dy W),     y (n, K) = r^2       dy (n, N)
+//
+// Everything is stored row by row, without gaps, at multiples of 16 bytes. Sums are FP32, in one
+// order: the same call gives the same bits. y = r^2 is that of the rounded r, in forward and in
+// backward; NaN stays NaN. n is any number from 1 on; gemm_sm90_fits tells which K and N are taken.
+// Nothing here allocates or waits after gemm_sm90_init, and all can be captured in a CUDA graph.
+//
+// Both are C (M, columns) = A (M, sum) B^T, M = n. What differs is how B lies in memory: W's rows
+// run along the sum in forward, across it in backward. Tensor cores take either.
+//
+// A BLOCK of threads stays on its SM and makes tile after tile of C, (128, 256) each. One thread,
+// the producer, has the TMA bring steps of 64 of the sum to a ring of 4 stages. Two groups of 4
+// warps multiply: each has half of the tile's rows, (64, 256) sums, 128 registers a thread.
+//
+//                 B: 256 columns                       a stage of the ring:
+//               +---------------------+                A (128, 64)    16 KB
+//     A: rows   | group 0: 0 .. 63    |                B (256, 64)    32 KB
+//               | group 1: 64 .. 127  |                two barriers: full, empty
+//               +---------------------+
+//
+// A tile's way to memory takes as long as a few steps of the sum, in which its group multiplies
+// nothing. So the groups take turns: group 1 begins its way out when group 0 has ended its own. It
+// follows group 0 by that much, and the tensor cores always have one group to work for:
+//
+//     group 0   multiply  | out | multiply        | out |
+//     group 1     multiply      | out | multiply        | out |         as far as the ring reaches
+//
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. The r of
+// backward comes as two more steps of the ring, (128, 128) each.
+#ifndef LLMC_GEMM_SM90_CUH
+#define LLMC_GEMM_SM90_CUH
+
+#include <assert.h>
+#include <cudaTypedefs.h>  // PFN_cuTensorMapEncodeTiled_v12000
+#include <string.h>
+
+#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_*, wgmma_*, stmatrix
+
+constexpr int GEMM_ROWS = 128, GEMM_COLUMNS = 256;  // of a tile
+constexpr int GEMM_STEP = 64;                       // of the sum: 128 bytes, a box's width
+constexpr int GEMM_STAGES = 4;
+constexpr int GEMM_BAND = 16;  // tiles one above the other that are made together
+
+constexpr int GEMM_GROUP_THREADS = 128, GEMM_WARPS = 4;
+constexpr int GEMM_GROUPS = 2;  // that multiply; one more copies
+constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * GEMM_GROUP_THREADS;
+constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
+constexpr int GEMM_BOXES = 4;  // of (16, 64), for a warp's results on their way out
+
+constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;                          // numbers of a box of r
+constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of B across
+constexpr int GEMM_STAGE_BYTES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_STEP * (int)sizeof(bf16);
+
+static_assert(GEMM_STEP * sizeof(bf16) == 128, "a box's rows are those that are swizzled");
+static_assert(GEMM_ROWS == GEMM_GROUPS * GEMM_GROUP_ROWS && GEMM_COLUMNS == 256,
+              "wgmma of 64 by 256");
+static_assert(GEMM_GROUPS == 2, "turns are passed to and fro");
+
+typedef struct {
+    bf16 a[GEMM_STAGES][GEMM_ROWS * GEMM_STEP];
+    bf16 b[GEMM_STAGES][GEMM_COLUMNS * GEMM_STEP];
+    bf16 out[GEMM_WARPS][GEMM_BOXES][GEMM_WARP_ROWS * GEMM_STEP];  // of the group whose turn it is
+    uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
+    uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
+    uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
+} GemmShared;
+
+constexpr int GEMM_SHARED_BYTES = (int)sizeof(GemmShared) + 1024;  // boxes begin at multiples of it
+static_assert(GEMM_SHARED_BYTES <= 227 << 10, "what an SM of sm_90 has for a block");
+
+// A call, as the kernel gets it.
+typedef struct {
+    CUtensorMap a;         // (M, sum), boxes of (128, 64)
+    CUtensorMap b;         // (columns, sum), (256, 64); in backward (sum, columns), (64, 64)
+    CUtensorMap r_in;      // (M, columns), (128, 64): r, of backward
+    CUtensorMap out;       // (M, columns), (16, 64): r or dz
+    CUtensorMap y;         // likewise
+    int tiles_m, tiles_n;  // (128, 256) each
+    int sum;
+} GemmCall;
+
+// ---------------------------------------------------------------------------------------------
+// Walking over tiles and stages.
+
+typedef struct {
+    int row, column;
+} GemmTile;
+
+// Tiles are made in bands, down each column of a band: those that are in work at once share rows of
+// A and of B, which L2 then has.
+__device__ __forceinline__ GemmTile gemm_tile(const GemmCall &call, int t) {
+    int in_band = GEMM_BAND * call.tiles_n, top = t / in_band * GEMM_BAND;
+    int height = min(GEMM_BAND, call.tiles_m - top);
+    int m = top + t % in_band % height, n = t % in_band / height;
+    return {m * GEMM_ROWS, n * GEMM_COLUMNS};
+}
+
+// A stage, and the parity of the phase in which it is filled.
+typedef struct {
+    int stage, parity;
+} GemmPlace;
+
+__device__ __forceinline__ void gemm_next(GemmPlace *p) {
+    if (++p->stage == GEMM_STAGES) p->stage = 0, p->parity ^= 1;
+}
+
+// This warp has read the stage.
+__device__ __forceinline__ void gemm_release(GemmShared *s, int stage) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) mbarrier_arrive(&s->empty[stage]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The producer.
+
+template <bool BACKWARD>
+__device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call) {
+    int tiles = call.tiles_m * call.tiles_n;
+    GemmPlace at = {0, 0};
+    for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
+        GemmTile tile = gemm_tile(call, t);
+        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
+            uint64_t *full = &s->full[at.stage];
+            bf16 *b = s->b[at.stage];
+            mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(full, GEMM_STAGE_BYTES);
+            tma_load(s->a[at.stage], &call.a, tile.row, k, full);
+            if (!BACKWARD) tma_load(b, &call.b, tile.column, k, full);
+            for (int c = 0; BACKWARD && c < GEMM_COLUMNS; c += GEMM_STEP)
+                tma_load(b + c * GEMM_STEP, &call.b, k, tile.column + c, full);
+        }
+        for (int c = 0; BACKWARD && c < GEMM_COLUMNS; c += 2 * GEMM_STEP, gemm_next(&at)) {
+            uint64_t *full = &s->full[at.stage];
+            bf16 *to = s->b[at.stage];
+            mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(full, 2 * GEMM_INPUT * sizeof(bf16));
+            for (int i = 0; i < 2; i++)
+                tma_load(to + i * GEMM_INPUT, &call.r_in, tile.row, tile.column + c + i * GEMM_STEP,
+                         full);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The groups that multiply.
+
+// Two neighbours of the product become those of y and of r, or dz: out. r: backward's.
+template <bool BACKWARD>
+__device__ __forceinline__ void gemm_finish(unsigned *out, unsigned *y, float low, float high,
+                                            unsigned r) {
+    if (!BACKWARD) r = *out = relu_pack(low, high);
+    __nv_bfloat162 x = reinterpret_cast<__nv_bfloat162 &>(r), square = __hmul2(x, x);
+    *y = reinterpret_cast<unsigned &>(square);
+    if (!BACKWARD) return;
+    x = __floats2bfloat162_rn(2 * low * __low2float(x), 2 * high * __high2float(x));
+    *out = reinterpret_cast<unsigned &>(x);
+}
+
+// 16 rows of the tile, this warp's, on their way out. Lane l gives ldmatrix and stmatrix the address
+// of row l % 16, chunk l / 16 of 16 columns, where ptx.cuh's D of two times 8 columns lies:
+//
+//     columns      0 .. 7              8 .. 15             of 64 columns, that is chunk
+//     row 0 .. 7   lanes 0 .. 7        lanes 16 .. 23      2 c + l / 16 of row l % 16, for
+//     row 8 .. 15  lanes 8 .. 15       lanes 24 .. 31      c = 0 .. 3, at place chunk ^ (l % 8)
+//
+// so that going on to the next c is an exclusive or of the address with 32 c.
+template <bool BACKWARD>
+__device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call, float (&d)[128],
+                                           GemmPlace *at, GemmTile tile, int group) {
+    int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP, lane = threadIdx.x % WARP;
+    int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile
+    unsigned mine = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    unsigned in = 0;
+#pragma unroll
+    for (int j = 0; j < GEMM_COLUMNS / GEMM_STEP; j++) {
+        bf16 *out = s->out[warp][j % 2 * 2], *out_y = s->out[warp][j % 2 * 2 + 1];
+        if (BACKWARD) {
+            if (j % 2 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
+            in = shared_address(&s->b[at->stage][j % 2 * GEMM_INPUT + row * GEMM_STEP]);
+        }
+        if (j >= 2 && lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
+        __syncwarp();
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            unsigned r[4] = {}, x[4], y[4];
+            if (BACKWARD) ldmatrix(r, in + (mine ^ c * 32));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int k = 32 * j + 8 * c + 2 * i;
+                gemm_finish<BACKWARD>(&x[i], &y[i], d[k], d[k + 1], r[i]);
+            }
+            stmatrix(shared_address(out) + (mine ^ c * 32), x);
+            stmatrix(shared_address(out_y) + (mine ^ c * 32), y);
+        }
+        fence_async();
+        __syncwarp();
+        if (lane == 0) {
+            int column = tile.column + j * GEMM_STEP;
+            tma_store(&call.out, tile.row + row, column, out);
+            tma_store(&call.y, tile.row + row, column, out_y);
+            tma_store_commit();
+        }
+        if (BACKWARD && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
+    }
+}
+
+template <bool BACKWARD>
+__device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
+    constexpr int B_STEP = BACKWARD ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
+    int tiles = call.tiles_m * call.tiles_n;
+    int turn = group ^ 1;  // parity: the first turn is group 0's
+    GemmPlace at = {0, 0};
+    float d[128];
+    for (int t = blockIdx.x; t < tiles; t += gridDim.x, turn ^= 1) {
+        GemmTile tile = gemm_tile(call, t);
+        int before = 0;                   // the stage of the step before
+        pin(tile.row), pin(tile.column);  // divided for here, not when it is this group's turn
+        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
+            const bf16 *b_tile = s->b[at.stage];
+            uint64_t a = wgmma_rows(&s->a[at.stage][group * GEMM_GROUP_ROWS * GEMM_STEP]);
+            uint64_t b = BACKWARD ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
+            mbarrier_wait(&s->full[at.stage], at.parity);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < GEMM_STEP / 16; i++)
+                wgmma<BACKWARD>(d, a + i * 2, b + i * B_STEP, k > 0 || i > 0);
+            wgmma_commit();
+            wgmma_wait<1>();  // the step before has been read; this one goes on
+            if (k > 0) gemm_release(s, before);
+            before = at.stage;
+        }
+        wgmma_wait<0>();
+        pin(d);
+        gemm_release(s, before);
+        mbarrier_wait(&s->turn[group], turn);
+        gemm_leave<BACKWARD>(s, call, d, &at, tile, group);
+        if (threadIdx.x % WARP == 0) {
+            tma_store_wait_read<0>();  // this warp's boxes may be written again
+            mbarrier_arrive(&s->turn[group ^ 1]);
+        }
+        __syncwarp();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+
+template <bool BACKWARD>
+static __global__ void __launch_bounds__(GEMM_THREADS, 1)
+    gemm_relu2_kernel(const __grid_constant__ GemmCall call) {
+    extern __shared__ char gemm_memory[];
+    GemmShared *s = (GemmShared *)(((uintptr_t)gemm_memory + 1023) & ~(uintptr_t)1023);
+    int group = threadIdx.x / GEMM_GROUP_THREADS;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < GEMM_STAGES; i++) {
+            mbarrier_init(&s->full[i], 1);
+            mbarrier_init(&s->empty[i], GEMM_GROUPS * GEMM_WARPS);
+        }
+        for (int i = 0; i < GEMM_GROUPS; i++) mbarrier_init(&s->turn[i], GEMM_WARPS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == GEMM_GROUPS) {
+        registers_give<40>();
+        if (threadIdx.x % GEMM_GROUP_THREADS == 0) gemm_produce<BACKWARD>(s, call);
+    } else {
+        registers_take<232>();
+        gemm_consume<BACKWARD>(s, call, group);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launchers.
+
+// A matrix as the TMA knows it, kept from call to call: the driver takes its time to describe one.
+typedef struct {
+    const bf16 *p;
+    int rows, columns, box_rows;
+    uint64_t map[sizeof(CUtensorMap) / sizeof(uint64_t)];  // CUtensorMap, wherever it lies
+} GemmMap;
+
+typedef struct {
+    PFN_cuTensorMapEncodeTiled_v12000 encode;  // the driver's
+    int processors;
+    GemmMap *map;  // (GEMM_MAPS): a hash table; who comes last has the place
+} GemmSm90;
+
+constexpr int GEMM_MAPS = 1024;
+
+static inline void gemm_sm90_init(GemmSm90 *g, const Gpu *gpu) {
+    cudaDriverEntryPointQueryResult found;
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&g->encode,
+                                                12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess)
+        die(EXIT_DEVICE, "driver: found no cuTensorMapEncodeTiled, expected that of CUDA 12; "
+                         "update the driver");
+    for (auto kernel : {gemm_relu2_kernel<false>, gemm_relu2_kernel<true>})
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        GEMM_SHARED_BYTES));
+    g->processors = gpu->processors;
+    g->map = (GemmMap *)die_alloc(GEMM_MAPS, sizeof *g->map, "descriptions of matrices");
+}
+
+static inline void gemm_sm90_free(GemmSm90 *g) { free(g->map); }
+
+// Whether products of so many columns, over so many terms, are taken here.
+static inline bool gemm_sm90_fits(int columns, int sum) {
+    return columns % GEMM_COLUMNS == 0 && sum % GEMM_STEP == 0;
+}
+
+// Describes p (rows, columns) and its boxes of (box_rows, 64).
+static inline CUtensorMap gemm_encode(const GemmSm90 *g, const bf16 *p, int rows, int columns,
+                                      int box_rows) {
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    cuuint64_t row_bytes[] = {(cuuint64_t)columns * sizeof(bf16)};
+    cuuint32_t box[] = {GEMM_STEP, (cuuint32_t)box_rows}, steps[] = {1, 1};
+    CUresult e = g->encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, row_bytes,
+                           box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e != CUDA_SUCCESS)
+        die(EXIT_INTERNAL, "cuTensorMapEncodeTiled: error %d; (%d, %d) at %p, boxes of %d rows",
+            (int)e, rows, columns, (const void *)p, box_rows);
+    return map;
+}
+
+// The same, looked up.
+static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, int rows,
+                            int columns, int box_rows) {
+    uint64_t hash = (uint64_t)(uintptr_t)p ^ (uint64_t)rows << 40 ^ (uint64_t)box_rows;
+    GemmMap *m = &g->map[hash * 0x9e3779b97f4a7c15u >> 54];
+    static_assert(GEMM_MAPS == 1 << (64 - 54), "as many places as the hash has values");
+    if (m->p != p || m->rows != rows || m->columns != columns || m->box_rows != box_rows) {
+        *map = gemm_encode(g, p, rows, columns, box_rows);
+        m->p = p, m->rows = rows, m->columns = columns, m->box_rows = box_rows;
+        memcpy(m->map, map, sizeof *map);
+    }
+    memcpy(map, m->map, sizeof *map);
+}
+
+// out, y (M, N) = what ReLU^2 makes of a (M, K) b; r_in (M, N): backward's r, else NULL.
+template <bool BACKWARD>
+static inline void gemm_launch(const GemmSm90 *g, bf16 *out, bf16 *y, const bf16 *a, const bf16 *b,
+                               const bf16 *r_in, int M, int N, int K, cudaStream_t stream) {
+    GemmCall call = {};
+    assert(M > 0 && gemm_sm90_fits(N, K));
+    gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
+    gemm_map(g, &call.b, b, BACKWARD ? K : N, BACKWARD ? N : K,
+             BACKWARD ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
+    gemm_map(g, &call.y, y, M, N, GEMM_WARP_ROWS);
+    if (BACKWARD) gemm_map(g, &call.r_in, r_in, M, N, GEMM_ROWS);
+    call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
+    call.sum = K;
+    int tiles = call.tiles_m * call.tiles_n, blocks = tiles < g->processors ? tiles : g->processors;
+    gemm_relu2_kernel<BACKWARD><<<blocks, GEMM_THREADS, GEMM_SHARED_BYTES, stream>>>(call);
+    CUDA_LAUNCHED();
+}
+
+static inline void gemm_sm90_relu2_forward(const GemmSm90 *g,
+                                           bf16 *y,        // (n, N): r^2
+                                           bf16 *r,        // (n, N): relu(x w^T)
+                                           const bf16 *x,  // (n, K)
+                                           const bf16 *w,  // (N, K)
+                                           int n, int K, int N, cudaStream_t stream) {
+    gemm_launch<false>(g, r, y, x, w, NULL, n, N, K, stream);
+}
+
+static inline void gemm_sm90_relu2_backward(const GemmSm90 *g,
+                                            bf16 *dz,        // (n, K)
+                                            bf16 *y,         // (n, K): r^2
+                                            const bf16 *dy,  // (n, N)
+                                            const bf16 *w,   // (N, K)
+                                            const bf16 *r,   // (n, K)
+                                            int n, int K, int N, cudaStream_t stream) {
+    gemm_launch<true>(g, dz, y, dy, w, r, n, K, N, stream);
+}
+
+#endif
