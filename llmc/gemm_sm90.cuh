@@ -1,14 +1,14 @@
 // gemm_sm90.cuh: the MLP's two products of BF16 matrices with ReLU^2 on Hopper, in one kernel each.
 // cuBLASLt multiplies as fast; but it knows no ReLU^2, and a kernel of its own for that reads and
-// writes (n, 4C) numbers again, which takes a third to three quarters of the product's time.
+// writes (n, 4C) numbers again, which takes a third to half of the product's time.
 //
-//     relu2_forward    r  (n, N) = relu(x W^T),    y (n, N) = r^2       x (n, K), W (N, K)
-//     relu2_backward   dz (n, K) = 2 r (dy W),     y (n, K) = r^2       dy (n, N)
+//     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
+//     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
 //
 // Everything is stored row by row, without gaps, at multiples of 16 bytes. Sums are FP32, in one
-// order: the same call gives the same bits. y = r^2 is that of the rounded r, in forward and in
-// backward; NaN stays NaN. n is any number from 1 on; gemm_sm90_fits tells which K and N are taken.
-// Nothing here allocates or waits after gemm_sm90_init, and all can be captured in a CUDA graph.
+// order, and rounded once, at the end: the same call gives the same bits. NaN stays NaN. n is any
+// number from 1 on; gemm_sm90_fits tells which K and N are taken. Nothing here allocates or waits
+// after gemm_sm90_init, and all can be captured in a CUDA graph.
 //
 // Both are C (M, columns) = A (M, sum) B^T, M = n. What differs is how B lies in memory: W's rows
 // run along the sum in forward, across it in backward. Tensor cores take either.
@@ -30,7 +30,7 @@
 //     group 0   multiply  | out | multiply        | out |
 //     group 1     multiply      | out | multiply        | out |         as far as the ring reaches
 //
-// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. The r of
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. The y of
 // backward comes as two more steps of the ring, (128, 128) each.
 #ifndef LLMC_GEMM_SM90_CUH
 #define LLMC_GEMM_SM90_CUH
@@ -52,7 +52,7 @@ constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * GEMM_GROUP_THREADS;
 constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
 constexpr int GEMM_BOXES = 4;  // of (16, 64), for a warp's results on their way out
 
-constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;                          // numbers of a box of r
+constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;                          // numbers of a box of y
 constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of B across
 constexpr int GEMM_STAGE_BYTES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_STEP * (int)sizeof(bf16);
 
@@ -77,9 +77,8 @@ static_assert(GEMM_SHARED_BYTES <= 227 << 10, "what an SM of sm_90 has for a blo
 typedef struct {
     CUtensorMap a;         // (M, sum), boxes of (128, 64)
     CUtensorMap b;         // (columns, sum), (256, 64); in backward (sum, columns), (64, 64)
-    CUtensorMap r_in;      // (M, columns), (128, 64): r, of backward
-    CUtensorMap out;       // (M, columns), (16, 64): r or dz
-    CUtensorMap y;         // likewise
+    CUtensorMap in;        // (M, columns), (128, 64): y, of backward
+    CUtensorMap out;       // (M, columns), (16, 64): y or dz
     int tiles_m, tiles_n;  // (128, 256) each
     int sum;
 } GemmCall;
@@ -140,7 +139,7 @@ __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call
             mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
             mbarrier_expect(full, 2 * GEMM_INPUT * sizeof(bf16));
             for (int i = 0; i < 2; i++)
-                tma_load(to + i * GEMM_INPUT, &call.r_in, tile.row, tile.column + c + i * GEMM_STEP,
+                tma_load(to + i * GEMM_INPUT, &call.in, tile.row, tile.column + c + i * GEMM_STEP,
                          full);
         }
     }
@@ -149,19 +148,20 @@ __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call
 // ---------------------------------------------------------------------------------------------
 // The groups that multiply.
 
-// Two neighbours of the product become those of y and of r, or dz: out. r: backward's.
+// What two neighbours of the product become; in: two of backward's y.
 template <bool BACKWARD>
-__device__ __forceinline__ void gemm_finish(unsigned *out, unsigned *y, float low, float high,
-                                            unsigned r) {
-    if (!BACKWARD) r = *out = relu_pack(low, high);
-    __nv_bfloat162 x = reinterpret_cast<__nv_bfloat162 &>(r), square = __hmul2(x, x);
-    *y = reinterpret_cast<unsigned &>(square);
-    if (!BACKWARD) return;
-    x = __floats2bfloat162_rn(2 * low * __low2float(x), 2 * high * __high2float(x));
-    *out = reinterpret_cast<unsigned &>(x);
+__device__ __forceinline__ unsigned gemm_finish(float low, float high, unsigned in) {
+    __nv_bfloat162 y = reinterpret_cast<__nv_bfloat162 &>(in);
+    if (BACKWARD) {
+        low *= 2 * sqrt_fast(__low2float(y)), high *= 2 * sqrt_fast(__high2float(y));
+    } else {
+        low = low <= 0 ? 0 : low * low, high = high <= 0 ? 0 : high * high;
+    }
+    y = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned &>(y);
 }
 
-// 16 rows of the tile, this warp's, on their way out. Lane l gives ldmatrix and stmatrix the address
+// 16 rows of the tile, this warp's, on the way out. Lane l gives ldmatrix and stmatrix the address
 // of row l % 16, chunk l / 16 of 16 columns, where ptx.cuh's D of two times 8 columns lies:
 //
 //     columns      0 .. 7              8 .. 15             of 64 columns, that is chunk
@@ -178,31 +178,26 @@ __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call, 
     unsigned in = 0;
 #pragma unroll
     for (int j = 0; j < GEMM_COLUMNS / GEMM_STEP; j++) {
-        bf16 *out = s->out[warp][j % 2 * 2], *out_y = s->out[warp][j % 2 * 2 + 1];
+        bf16 *out = s->out[warp][j];
         if (BACKWARD) {
             if (j % 2 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
             in = shared_address(&s->b[at->stage][j % 2 * GEMM_INPUT + row * GEMM_STEP]);
         }
-        if (j >= 2 && lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
-        __syncwarp();
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            unsigned r[4] = {}, x[4], y[4];
-            if (BACKWARD) ldmatrix(r, in + (mine ^ c * 32));
+            unsigned y[4] = {}, x[4];
+            if (BACKWARD) ldmatrix(y, in + (mine ^ c * 32));
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int k = 32 * j + 8 * c + 2 * i;
-                gemm_finish<BACKWARD>(&x[i], &y[i], d[k], d[k + 1], r[i]);
+                x[i] = gemm_finish<BACKWARD>(d[k], d[k + 1], y[i]);
             }
             stmatrix(shared_address(out) + (mine ^ c * 32), x);
-            stmatrix(shared_address(out_y) + (mine ^ c * 32), y);
         }
         fence_async();
         __syncwarp();
         if (lane == 0) {
-            int column = tile.column + j * GEMM_STEP;
-            tma_store(&call.out, tile.row + row, column, out);
-            tma_store(&call.y, tile.row + row, column, out_y);
+            tma_store(&call.out, tile.row + row, tile.column + j * GEMM_STEP, out);
             tma_store_commit();
         }
         if (BACKWARD && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
@@ -342,18 +337,17 @@ static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, 
     memcpy(map, m->map, sizeof *map);
 }
 
-// out, y (M, N) = what ReLU^2 makes of a (M, K) b; r_in (M, N): backward's r, else NULL.
+// out (M, N) = what ReLU^2 makes of a (M, K) b; in (M, N): backward's y, else NULL.
 template <bool BACKWARD>
-static inline void gemm_launch(const GemmSm90 *g, bf16 *out, bf16 *y, const bf16 *a, const bf16 *b,
-                               const bf16 *r_in, int M, int N, int K, cudaStream_t stream) {
+static inline void gemm_launch(const GemmSm90 *g, bf16 *out, const bf16 *a, const bf16 *b,
+                               const bf16 *in, int M, int N, int K, cudaStream_t stream) {
     GemmCall call = {};
     assert(M > 0 && gemm_sm90_fits(N, K));
     gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
     gemm_map(g, &call.b, b, BACKWARD ? K : N, BACKWARD ? N : K,
              BACKWARD ? GEMM_STEP : GEMM_COLUMNS);
     gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
-    gemm_map(g, &call.y, y, M, N, GEMM_WARP_ROWS);
-    if (BACKWARD) gemm_map(g, &call.r_in, r_in, M, N, GEMM_ROWS);
+    if (BACKWARD) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
     call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
     call.sum = K;
     int tiles = call.tiles_m * call.tiles_n, blocks = tiles < g->processors ? tiles : g->processors;
@@ -362,22 +356,20 @@ static inline void gemm_launch(const GemmSm90 *g, bf16 *out, bf16 *y, const bf16
 }
 
 static inline void gemm_sm90_relu2_forward(const GemmSm90 *g,
-                                           bf16 *y,        // (n, N): r^2
-                                           bf16 *r,        // (n, N): relu(x w^T)
+                                           bf16 *y,        // (n, N)
                                            const bf16 *x,  // (n, K)
                                            const bf16 *w,  // (N, K)
                                            int n, int K, int N, cudaStream_t stream) {
-    gemm_launch<false>(g, r, y, x, w, NULL, n, N, K, stream);
+    gemm_launch<false>(g, y, x, w, NULL, n, N, K, stream);
 }
 
 static inline void gemm_sm90_relu2_backward(const GemmSm90 *g,
                                             bf16 *dz,        // (n, K)
-                                            bf16 *y,         // (n, K): r^2
                                             const bf16 *dy,  // (n, N)
                                             const bf16 *w,   // (N, K)
-                                            const bf16 *r,   // (n, K)
+                                            const bf16 *y,   // (n, K)
                                             int n, int K, int N, cudaStream_t stream) {
-    gemm_launch<true>(g, dz, y, dy, w, r, n, K, N, stream);
+    gemm_launch<true>(g, dz, dy, w, y, n, K, N, stream);
 }
 
 #endif

@@ -25,8 +25,8 @@
 // or waits after matmul_init, so every product can be captured in a CUDA graph. There is one
 // workspace: products of one Matmul must run on one stream, or behind one another.
 //
-// EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for Hopper
-// alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes; else the product is
+// EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for
+// Hopper alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes; else the product is
 // cuBLASLt's, and llmc/relu2.cuh's kernel follows. Both leave the same in memory, but for the
 // rounding to BF16 of a product that comes to memory in between.
 //
@@ -50,11 +50,10 @@ typedef struct {
 static inline void gemm_sm90_init(GemmSm90 *, const Gpu *) {}
 static inline void gemm_sm90_free(GemmSm90 *) {}
 static inline bool gemm_sm90_fits(int, int) { return false; }
-static inline void gemm_sm90_relu2_forward(GemmSm90 *, floatX *, floatX *, const floatX *,
-                                           const floatX *, int, int, int, cudaStream_t) {}
-static inline void gemm_sm90_relu2_backward(GemmSm90 *, floatX *, floatX *, const floatX *,
-                                            const floatX *, const floatX *, int, int, int,
-                                            cudaStream_t) {}
+static inline void gemm_sm90_relu2_forward(GemmSm90 *, floatX *, const floatX *, const floatX *,
+                                           int, int, int, cudaStream_t) {}
+static inline void gemm_sm90_relu2_backward(GemmSm90 *, floatX *, const floatX *, const floatX *,
+                                            const floatX *, int, int, int, cudaStream_t) {}
 #endif
 
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;  // bytes
@@ -82,13 +81,12 @@ static inline MatmulOperand matmul_operand(const float *data) {
 typedef enum {
     MATMUL_STORE,           // y = product
     MATMUL_ADD,             // y = extra + product; extra NULL: y += product
-    MATMUL_RELU2,           // of forward: also = relu(product), y = also^2
-    MATMUL_RELU2_BACKWARD,  // of dgrad: dx = 2 extra product, also = extra^2; extra is relu's
+    MATMUL_RELU2,           // of forward: y = relu(product)^2
+    MATMUL_RELU2_BACKWARD,  // of dgrad: dx = 2 sqrt(extra) product; extra: that y
 } MatmulEpilogueKind;
 struct MatmulEpilogue {
     MatmulEpilogueKind kind;
-    const floatX *extra = NULL;  // of y's shape, read; may be y where it is added
-    floatX *also = NULL;         // of y's shape, written
+    const floatX *extra = NULL;  // of y's shape; may be y where it is added
 };
 
 // What an algorithm is chosen by.
@@ -258,16 +256,15 @@ static inline void matmul_forward(Matmul *m,
                                   MatmulEpilogue epilogue, int n, int K, int N,
                                   cudaStream_t stream) {
     bool relu2 = epilogue.kind == MATMUL_RELU2;
-    floatX *product = relu2 ? epilogue.also : y;
     assert(epilogue.kind != MATMUL_RELU2_BACKWARD);
     if (relu2 && matmul_fuses(x, w, N, K)) {
-        gemm_sm90_relu2_forward(&m->fused, y, product, (const floatX *)x.data,
-                                (const floatX *)w.data, n, K, N, stream);
+        gemm_sm90_relu2_forward(&m->fused, y, (const floatX *)x.data, (const floatX *)w.data, n, K,
+                                N, stream);
         return;
     }
-    matmul(m, product, matmul_operand(y).type, x, false, w, true, epilogue.extra, 1,
+    matmul(m, y, matmul_operand(y).type, x, false, w, true, epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, N, K, 1, stream);
-    if (relu2) relu2_forward(y, product, (size_t)n * (size_t)N, stream);
+    if (relu2) relu2_forward(y, (size_t)n * (size_t)N, stream);
 }
 
 static inline void matmul_dgrad(Matmul *m,
@@ -276,16 +273,15 @@ static inline void matmul_dgrad(Matmul *m,
                                 MatmulOperand w,   // (N, K)
                                 MatmulEpilogue epilogue, int n, int K, int N, cudaStream_t stream) {
     bool relu2 = epilogue.kind == MATMUL_RELU2_BACKWARD;
-    const floatX *r = epilogue.extra;
     assert(epilogue.kind != MATMUL_RELU2);
     if (relu2 && matmul_fuses(dy, w, K, N)) {
-        gemm_sm90_relu2_backward(&m->fused, dx, epilogue.also, (const floatX *)dy.data,
-                                 (const floatX *)w.data, r, n, K, N, stream);
+        gemm_sm90_relu2_backward(&m->fused, dx, (const floatX *)dy.data, (const floatX *)w.data,
+                                 epilogue.extra, n, K, N, stream);
         return;
     }
     matmul(m, dx, matmul_operand(dx).type, dy, false, w, false, relu2 ? NULL : epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, K, N, 1, stream);
-    if (relu2) relu2_backward(dx, epilogue.also, r, (size_t)n * (size_t)K, stream);
+    if (relu2) relu2_backward(dx, epilogue.extra, (size_t)n * (size_t)K, stream);
 }
 
 static inline void matmul_wgrad(Matmul *m,

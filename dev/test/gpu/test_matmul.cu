@@ -186,56 +186,46 @@ static GpuArray<floatX> relu2_result(const char *name, const Relu2 *c) {
     return gpu_poisoned<floatX>(name, (size_t)c->n * (size_t)c->columns);
 }
 
-// To y and r, on a stream.
-static void run_forward(const Relu2 *c, GpuArray<floatX> &y, GpuArray<floatX> &r,
-                        cudaStream_t stream) {
+static void run_forward(const Relu2 *c, GpuArray<floatX> &y, cudaStream_t stream) {
     matmul_forward(&mm, y.device, matmul_operand(c->a.device), matmul_operand(c->b.device),
-                   {MATMUL_RELU2, NULL, r.device}, c->n, c->sum, c->columns, stream);
+                   {MATMUL_RELU2}, c->n, c->sum, c->columns, stream);
 }
 
-// From r to dz and y.
-static void run_backward(const Relu2 *c, GpuArray<floatX> &dz, GpuArray<floatX> &y,
-                         const GpuArray<floatX> &r, cudaStream_t stream) {
+static void run_backward(const Relu2 *c, GpuArray<floatX> &dz, const GpuArray<floatX> &y,
+                         cudaStream_t stream) {
     matmul_dgrad(&mm, dz.device, matmul_operand(c->a.device), matmul_operand(c->b.device),
-                 {MATMUL_RELU2_BACKWARD, r.device, y.device}, c->n, c->columns, c->sum, stream);
-}
-
-// y must be the square of r as floatX holds it, bit for bit.
-static void check_square(const GpuArray<floatX> &y, GpuArray<floatX> &r, const Relu2 *c) {
-    float *square = gpu_expected(r.count);
-    gpu_read(r);
-    for (size_t i = 0; i < r.count; i++) square[i] = r.host[i] * r.host[i];
-    if (!same_bits(y, gpu_copy<floatX>("r^2", square, r.count)))
-        test_check(false, __FILE__, __LINE__, "y is not r^2: n %d, columns %d, sum %d", c->n,
-                   c->columns, c->sum);
+                 {MATMUL_RELU2_BACKWARD, y.device}, c->n, c->columns, c->sum, stream);
 }
 
 static void check_relu2_forward(int n, int columns, int sum) {
     Relu2 c = relu2_case(n, columns, sum, false);
-    GpuArray<floatX> y = relu2_result("y", &c), y_again = relu2_result("y again", &c);
-    GpuArray<floatX> r = relu2_result("r", &c), r_again = relu2_result("r again", &c);
-    run_forward(&c, y, r, 0);
-    run_forward(&c, y_again, r_again, 0);
-    for (size_t i = 0; i < r.count; i++) c.product[i] = fmaxf(c.product[i], 0);
-    gpu_compare(r, c.product, n, columns, RELU2_SHAPE);
-    check_square(y, r, &c);
-    CHECK(same_bits(y, y_again) && same_bits(r, r_again));
+    GpuArray<floatX> y = relu2_result("y", &c), again = relu2_result("again", &c);
+    run_forward(&c, y, 0);
+    run_forward(&c, again, 0);
+    cpu::relu2_forward(c.product, c.product, (int64_t)y.count);
+    gpu_compare(y, c.product, n, columns, RELU2_SHAPE);
+    CHECK(same_bits(y, again));
     gpu_end_case();
 }
 
 static void check_relu2_backward(int n, int columns, int sum) {
     Relu2 c = relu2_case(n, columns, sum, true);
-    GpuArray<floatX> r = gpu_normal<floatX>("r", (size_t)n * (size_t)columns, 2);
-    for (size_t i = 0; i < r.count; i++) r.host[i] = fmaxf(r.host[i], 0);
-    r = gpu_copy<floatX>("r", r.host, r.count);
-    GpuArray<floatX> y = relu2_result("y", &c), y_again = relu2_result("y again", &c);
-    GpuArray<floatX> dz = relu2_result("dz", &c), dz_again = relu2_result("dz again", &c);
-    run_backward(&c, dz, y, r, 0);
-    run_backward(&c, dz_again, y_again, r, 0);
-    for (size_t i = 0; i < r.count; i++) c.product[i] *= 2 * r.host[i];
+    GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * (size_t)columns, 2);
+    float *square = gpu_expected(x.count);
+    cpu::relu2_forward(square, x.host, (int64_t)x.count);
+    GpuArray<floatX> y = gpu_copy<floatX>("y", square, x.count);
+    GpuArray<floatX> dz = relu2_result("dz", &c), again = relu2_result("again", &c);
+    run_backward(&c, dz, y, 0);
+    run_backward(&c, again, y, 0);
+    cpu::relu2_backward(c.product, c.product, x.host, (int64_t)x.count);
     gpu_compare(dz, c.product, n, columns, RELU2_SHAPE);
-    check_square(y, r, &c);
-    CHECK(same_bits(y, y_again) && same_bits(dz, dz_again));
+    for (size_t i = 0; i < x.count; i++)
+        if (x.host[i] <= 0 && dz.host[i] != 0) {
+            test_check(false, __FILE__, __LINE__, "dz[%zu] is %g where x is %g", i, dz.host[i],
+                       x.host[i]);
+            break;
+        }
+    CHECK(same_bits(dz, again));
     gpu_end_case();
 }
 
@@ -260,27 +250,24 @@ TEST(relu2_not_finite) {
         for (int k = 0; k < c.sum; k++) c.a.host[5 * c.sum + k] = 0, c.a.host[129 * c.sum + k] = 0;
         c.a.host[5 * c.sum + 77] = NAN, c.a.host[129 * c.sum] = INFINITY;
         c.a = gpu_copy<floatX>("a", c.a.host, c.a.count);
-        GpuArray<floatX> y = relu2_result("y", &c), r = relu2_result("r", &c);
-        GpuArray<floatX> dz = relu2_result("dz", &c), again = relu2_result("again", &c);
-        run_forward(&c, y, r, 0);
-        run_backward(&c, dz, again, r, 0);
-        gpu_read(y), gpu_read(r), gpu_read(dz), gpu_read(again);
+        GpuArray<floatX> y = relu2_result("y", &c), dz = relu2_result("dz", &c);
+        run_forward(&c, y, 0);
+        run_backward(&c, dz, y, 0);
+        gpu_read(y), gpu_read(dz);
         for (int i = 0; i < 130 * columns; i++) {
             int row = i / columns;
-            bool nan = isnan(r.host[i]) && isnan(y.host[i]) && isnan(again.host[i]);
-            bool finite = isfinite(r.host[i]) && isfinite(y.host[i]) && isfinite(again.host[i]);
-            if (row == 5 ? nan && isnan(dz.host[i])
-                         : row == 129 || (finite && isfinite(dz.host[i])))
+            if (row == 5 ? isnan(y.host[i]) && isnan(dz.host[i])
+                         : row == 129 || (isfinite(y.host[i]) && isfinite(dz.host[i])))
                 continue;
             CHECK_INT(i, -1);
             break;
         }
-        int infinite = 0;  // where b is positive, and 0 where it is negative
+        int right = 0;  // infinite where b is positive, 0 where it is negative
         for (int j = 0; j < columns; j++) {
             float b = c.b.host[j * c.sum], found = y.host[129 * columns + j];
-            infinite += b > 0 ? found == INFINITY : b < 0 ? found == 0 : 1;
+            right += b > 0 ? found == INFINITY : b < 0 ? found == 0 : 1;
         }
-        CHECK_INT(infinite, columns);
+        CHECK_INT(right, columns);
         gpu_end_case();
     }
 }
@@ -289,27 +276,25 @@ TEST(relu2_not_finite) {
 TEST(relu2_captured) {
     Relu2 c = relu2_case(200, 512, 128, false);
     GpuArray<floatX> y = relu2_result("y", &c), y_replayed = relu2_result("y replayed", &c);
-    GpuArray<floatX> r = relu2_result("r", &c), r_replayed = relu2_result("r replayed", &c);
     GpuArray<floatX> dz = relu2_result("dz", &c), dz_replayed = relu2_result("dz replayed", &c);
-    GpuArray<floatX> unused = relu2_result("unused", &c);
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    run_forward(&c, y_replayed, r_replayed, stream);
-    run_backward(&c, dz_replayed, unused, r_replayed, stream);
+    run_forward(&c, y_replayed, stream);
+    run_backward(&c, dz_replayed, y_replayed, stream);
     CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
     CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    run_forward(&c, y, r, stream);
-    run_backward(&c, dz, unused, r, stream);
+    run_forward(&c, y, stream);
+    run_backward(&c, dz, y, stream);
     for (int i = 0; i < 2; i++) {
-        CUDA_CHECK(cudaMemsetAsync(r_replayed.device, 0xff, r.count * sizeof(floatX), stream));
+        CUDA_CHECK(cudaMemsetAsync(y_replayed.device, 0xff, y.count * sizeof(floatX), stream));
         CUDA_CHECK(cudaGraphLaunch(exec, stream));
     }
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    CHECK(same_bits(y, y_replayed) && same_bits(r, r_replayed) && same_bits(dz, dz_replayed));
+    CHECK(same_bits(y, y_replayed) && same_bits(dz, dz_replayed));
     CUDA_CHECK(cudaGraphExecDestroy(exec));
     CUDA_CHECK(cudaGraphDestroy(graph));
     CUDA_CHECK(cudaStreamDestroy(stream));
@@ -451,26 +436,22 @@ static void lines(int n, int C) {
     int F = 4 * C;
     size_t nF = (size_t)n * F;
     floatX *x = filled_array<floatX>((size_t)n * C), *w = filled_array<floatX>((size_t)F * C),
-           *r = filled_array<floatX>(nF), *y = filled_array<floatX>(nF),
-           *dz = filled_array<floatX>(nF);
+           *y = filled_array<floatX>(nF), *dz = filled_array<floatX>(nF);
     MatmulOperand X = matmul_operand(x), W = matmul_operand(w);
     compare(
-        "fc relu2", n, F, C,
+        "fc relu2", n, F, C, [=] { matmul_forward(&mm, y, X, W, {MATMUL_RELU2}, n, C, F, 0); },
         [=] {
-            matmul_forward(&mm, y, X, W, {MATMUL_RELU2, NULL, r}, n, C, F, 0);
-        },
-        [=] {
-            matmul_forward(&mm, r, X, W, {MATMUL_STORE}, n, C, F, 0);
-            relu2_forward(y, r, nF, 0);
+            matmul_forward(&mm, y, X, W, {MATMUL_STORE}, n, C, F, 0);
+            relu2_forward(y, nF, 0);
         });
     compare(
         "relu2 backward", n, F, C,
         [=] {
-            matmul_dgrad(&mm, dz, X, W, {MATMUL_RELU2_BACKWARD, r, y}, n, F, C, 0);
+            matmul_dgrad(&mm, dz, X, W, {MATMUL_RELU2_BACKWARD, y}, n, F, C, 0);
         },
         [=] {
             matmul_dgrad(&mm, dz, X, W, {MATMUL_STORE}, n, F, C, 0);
-            relu2_backward(dz, y, r, nF, 0);
+            relu2_backward(dz, y, nF, 0);
         });
     gpu_end_case();
 }
