@@ -18,8 +18,7 @@ BLAS    := $(shell pkg-config --exists openblas 2>/dev/null && echo -DUSE_OPENBL
 BLAS_L  := $(if $(BLAS),$(shell pkg-config --libs openblas))
 
 # CUDA: nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda, and the architectures to build for:
-# ARCH=80,90a, or this machine's GPUs' (9.0 is 90a), or 90a. For 90a alone HOPPER is defined: kernels
-# of Hopper's own take the place of portable ones.
+# ARCH=80,90a, or this machine's GPUs' (9.0 is 90a), or 90a.
 NVCC     := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA_DIR := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_LIB := $(patsubst %/libcublasLt.so,%,$(firstword $(wildcard $(addsuffix /libcublasLt.so,$(CUDA_DIR)/lib64 $(CUDA_DIR)/lib /usr/lib/*-linux-gnu))))
@@ -29,8 +28,9 @@ FIND     := $(foreach v,CUDNN_HOME NCCL_HOME CUDNN_FRONTEND_PATH,$(v)="$($(v))")
 GPU_ARCH := $(if $(CUDA),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^9\.0$$/90a/; s/^\([0-9]*\)\.\([0-9][a-z]*\)$$/\1\2/p; /^90a$$/p' | sort -u))
 ARCH     ?= $(or $(GPU_ARCH),90a)
 comma    := ,
-GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
+# HOPPER: all is for sm_90a, and kernels of Hopper's own take the place of portable ones.
 HOPPER   := $(if $(filter-out 90a,$(ARCH)),,-DHOPPER)
+GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
 FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)
 $(if $(filter BF16 FP32,$(PRECISION)),,$(error PRECISION: found $(PRECISION), expected BF16 or FP32))
 
