@@ -1,17 +1,18 @@
-// gemm_sm90.cuh: the MLP's two products of BF16 matrices with ReLU^2 on Hopper, in one kernel each.
-// cuBLASLt multiplies as fast; but it knows no ReLU^2, and a kernel of its own for that reads and
-// writes (n, 4C) numbers again, which takes a third to half of the product's time.
+// gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It multiplies as fast;
+// but it knows neither ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once
+// more, nor that a matrix times its transpose is symmetric.
 //
 //     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
 //     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
+//     square           d (M, M)  = alpha op(x) op(x)^T + beta c, of each matrix of a batch
 //
 // Everything is stored row by row, without gaps, at multiples of 16 bytes. Sums are FP32, in one
 // order, and rounded once, at the end: the same call gives the same bits. NaN stays NaN. n is any
-// number from 1 on; gemm_sm90_fits tells which K and N are taken. Nothing here allocates or waits
-// after gemm_sm90_init, and all can be captured in a CUDA graph.
+// number from 1 on; gemm_sm90_fits and _squares tell which other sizes are taken. Nothing here
+// allocates or waits after gemm_sm90_init, and all can be captured in a CUDA graph.
 //
-// Both are C (M, columns) = A (M, sum) B^T, M = n. What differs is how B lies in memory: W's rows
-// run along the sum in forward, across it in backward. Tensor cores take either.
+// All are C (M, columns) = A (M, sum) B^T. What differs is how A and B lie in memory: their rows
+// run along the sum, or across it. Tensor cores take either.
 //
 // A BLOCK of threads stays on its SM and makes tile after tile of C, (128, 256) each. One thread,
 // the producer, has the TMA bring steps of 64 of the sum to a ring of 4 stages. Two groups of 4
@@ -30,8 +31,19 @@
 //     group 0   multiply  | out | multiply        | out |
 //     group 1     multiply      | out | multiply        | out |         as far as the ring reaches
 //
-// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. The y of
-// backward comes as two more steps of the ring, (128, 128) each.
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. What the product
+// is combined with (y, c) comes as two more steps of the ring, (128, 128) each.
+//
+// SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
+// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; the right one of
+// every other tile on the diagonal (-) is computed and dropped.
+//
+//     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18
+//     x D | m m | m m
+//     x x | D - | m m
+//     x x | x D | m m
+//     x x | x x | D -
+//     x x | x x | x D
 #ifndef LLMC_GEMM_SM90_CUH
 #define LLMC_GEMM_SM90_CUH
 
@@ -52,8 +64,8 @@ constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * GEMM_GROUP_THREADS;
 constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
 constexpr int GEMM_BOXES = 4;  // of (16, 64), for a warp's results on their way out
 
-constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;                          // numbers of a box of y
-constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of B across
+constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;  // numbers of a box of y or c
+constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of what is across
 constexpr int GEMM_STAGE_BYTES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_STEP * (int)sizeof(bf16);
 
 static_assert(GEMM_STEP * sizeof(bf16) == 128, "a box's rows are those that are swizzled");
@@ -61,10 +73,25 @@ static_assert(GEMM_ROWS == GEMM_GROUPS * GEMM_GROUP_ROWS && GEMM_COLUMNS == 256,
               "wgmma of 64 by 256");
 static_assert(GEMM_GROUPS == 2, "turns are passed to and fro");
 
+// What becomes of a product.
+typedef enum {
+    GEMM_RELU2,
+    GEMM_RELU2_BACKWARD,
+    GEMM_SQUARE,         // A is B
+    GEMM_SQUARE_ACROSS,  // likewise, its rows across the sum
+    GEMM_SQUARE_ADD,     // alpha A A^T + beta c
+} GemmKind;
+
+template <GemmKind E> constexpr bool gemm_reads = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ADD;
+template <GemmKind E> constexpr bool gemm_symmetric = E >= GEMM_SQUARE;
+template <GemmKind E> constexpr bool gemm_a_across = E == GEMM_SQUARE_ACROSS;
+template <GemmKind E>
+constexpr bool gemm_b_across = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ACROSS;
+
 typedef struct {
     bf16 a[GEMM_STAGES][GEMM_ROWS * GEMM_STEP];
     bf16 b[GEMM_STAGES][GEMM_COLUMNS * GEMM_STEP];
-    bf16 out[GEMM_WARPS][GEMM_BOXES][GEMM_WARP_ROWS * GEMM_STEP];  // of the group whose turn it is
+    bf16 out[GEMM_BOXES][GEMM_WARPS][GEMM_WARP_ROWS * GEMM_STEP];  // of the group whose turn it is
     uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
     uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
     uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
@@ -73,14 +100,18 @@ typedef struct {
 constexpr int GEMM_SHARED_BYTES = (int)sizeof(GemmShared) + 1024;  // boxes begin at multiples of it
 static_assert(GEMM_SHARED_BYTES <= 227 << 10, "what an SM of sm_90 has for a block");
 
-// A call, as the kernel gets it.
+// A call, as the kernel gets it. The matrices of a batch lie one below the other.
 typedef struct {
-    CUtensorMap a;         // (M, sum), boxes of (128, 64)
-    CUtensorMap b;         // (columns, sum), (256, 64); in backward (sum, columns), (64, 64)
-    CUtensorMap in;        // (M, columns), (128, 64): y, of backward
-    CUtensorMap out;       // (M, columns), (16, 64): y or dz
-    int tiles_m, tiles_n;  // (128, 256) each
+    CUtensorMap a;         // (M, sum), boxes of (128, 64); across: (sum, M), (64, 64)
+    CUtensorMap b;         // (columns, sum), (256, 64); across: (sum, columns), (64, 64)
+    CUtensorMap in;        // (M, columns), (128, 64): y of backward, or c
+    CUtensorMap out;       // (M, columns), (16, 64)
+    CUtensorMap mirror;    // out in boxes of (64, 64)
+    int tiles;             // in all
+    int tiles_m, tiles_n;  // of a matrix, (128, 256) each
+    int side;              // M of a symmetric matrix
     int sum;
+    float alpha, beta;
 } GemmCall;
 
 // ---------------------------------------------------------------------------------------------
@@ -88,15 +119,22 @@ typedef struct {
 
 typedef struct {
     int row, column;
+    int matrix;  // of the batch
 } GemmTile;
 
 // Tiles are made in bands, down each column of a band: those that are in work at once share rows of
-// A and of B, which L2 then has.
-__device__ __forceinline__ GemmTile gemm_tile(const GemmCall &call, int t) {
+// A and of B, which L2 then has. Of a symmetric matrix: down each column, from the diagonal on.
+template <GemmKind E> __device__ __forceinline__ GemmTile gemm_tile(const GemmCall &call, int t) {
+    if (gemm_symmetric<E>) {
+        int n = 0, of_matrix = call.tiles_n * (call.tiles_m + 1 - call.tiles_n);
+        int m = t % of_matrix;
+        for (; m >= call.tiles_m - 2 * n; n++) m -= call.tiles_m - 2 * n;
+        return {(2 * n + m) * GEMM_ROWS, n * GEMM_COLUMNS, t / of_matrix};
+    }
     int in_band = GEMM_BAND * call.tiles_n, top = t / in_band * GEMM_BAND;
     int height = min(GEMM_BAND, call.tiles_m - top);
     int m = top + t % in_band % height, n = t % in_band / height;
-    return {m * GEMM_ROWS, n * GEMM_COLUMNS};
+    return {m * GEMM_ROWS, n * GEMM_COLUMNS, 0};
 }
 
 // A stage, and the parity of the phase in which it is filled.
@@ -117,30 +155,40 @@ __device__ __forceinline__ void gemm_release(GemmShared *s, int stage) {
 // ---------------------------------------------------------------------------------------------
 // The producer.
 
-template <bool BACKWARD>
+// Numbers k .. of the sum of `rows` rows of a factor, from `first` on; across: they are columns.
+template <bool ACROSS>
+__device__ __forceinline__ void gemm_load(bf16 *to, const CUtensorMap *map, int first, int rows,
+                                          int k, uint64_t *full) {
+    if (!ACROSS) tma_load(to, map, first, k, full);
+    for (int i = 0; ACROSS && i < rows; i += GEMM_STEP)
+        tma_load(to + i * GEMM_STEP, map, k, first + i, full);
+}
+
+template <GemmKind E>
 __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call) {
-    int tiles = call.tiles_m * call.tiles_n;
+    constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
     GemmPlace at = {0, 0};
-    for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
-        GemmTile tile = gemm_tile(call, t);
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x) {
+        GemmTile tile = gemm_tile<E>(call, t);
+        int top = tile.matrix * call.side;        // of this matrix in what lies below one another
+        int top_across = tile.matrix * call.sum;  // and where rows run across the sum
         for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
             uint64_t *full = &s->full[at.stage];
-            bf16 *b = s->b[at.stage];
             mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
             mbarrier_expect(full, GEMM_STAGE_BYTES);
-            tma_load(s->a[at.stage], &call.a, tile.row, k, full);
-            if (!BACKWARD) tma_load(b, &call.b, tile.column, k, full);
-            for (int c = 0; BACKWARD && c < GEMM_COLUMNS; c += GEMM_STEP)
-                tma_load(b + c * GEMM_STEP, &call.b, k, tile.column + c, full);
+            gemm_load<A_ACROSS>(s->a[at.stage], &call.a, A_ACROSS ? tile.row : top + tile.row,
+                                GEMM_ROWS, A_ACROSS ? top_across + k : k, full);
+            gemm_load<B_ACROSS>(s->b[at.stage], &call.b, B_ACROSS ? tile.column : top + tile.column,
+                                GEMM_COLUMNS, B_ACROSS ? top_across + k : k, full);
         }
-        for (int c = 0; BACKWARD && c < GEMM_COLUMNS; c += 2 * GEMM_STEP, gemm_next(&at)) {
+        for (int c = 0; gemm_reads<E> && c < GEMM_COLUMNS; c += 2 * GEMM_STEP, gemm_next(&at)) {
             uint64_t *full = &s->full[at.stage];
             bf16 *to = s->b[at.stage];
             mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
             mbarrier_expect(full, 2 * GEMM_INPUT * sizeof(bf16));
             for (int i = 0; i < 2; i++)
-                tma_load(to + i * GEMM_INPUT, &call.in, tile.row, tile.column + c + i * GEMM_STEP,
-                         full);
+                tma_load(to + i * GEMM_INPUT, &call.in, top + tile.row,
+                         tile.column + c + i * GEMM_STEP, full);
         }
     }
 }
@@ -148,17 +196,20 @@ __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call
 // ---------------------------------------------------------------------------------------------
 // The groups that multiply.
 
-// What two neighbours of the product become; in: two of backward's y.
-template <bool BACKWARD>
-__device__ __forceinline__ unsigned gemm_finish(float low, float high, unsigned in) {
-    __nv_bfloat162 y = reinterpret_cast<__nv_bfloat162 &>(in);
-    if (BACKWARD) {
-        low *= 2 * sqrt_fast(__low2float(y)), high *= 2 * sqrt_fast(__high2float(y));
-    } else {
-        low = low <= 0 ? 0 : low * low, high = high <= 0 ? 0 : high * high;
+// What two neighbours of the product become; in: two of y or c.
+template <GemmKind E>
+__device__ __forceinline__ unsigned gemm_finish(const GemmCall &call, float low, float high,
+                                                unsigned in) {
+    __nv_bfloat162 x = reinterpret_cast<__nv_bfloat162 &>(in);
+    if (E == GEMM_RELU2) low = low <= 0 ? 0 : low * low, high = high <= 0 ? 0 : high * high;
+    if (E == GEMM_RELU2_BACKWARD)
+        low *= 2 * sqrt_fast(__low2float(x)), high *= 2 * sqrt_fast(__high2float(x));
+    if (E == GEMM_SQUARE_ADD) {
+        low = call.alpha * low + call.beta * __low2float(x);
+        high = call.alpha * high + call.beta * __high2float(x);
     }
-    y = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<unsigned &>(y);
+    x = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned &>(x);
 }
 
 // 16 rows of the tile, this warp's, on the way out. Lane l gives ldmatrix and stmatrix the address
@@ -168,62 +219,88 @@ __device__ __forceinline__ unsigned gemm_finish(float low, float high, unsigned 
 //     row 0 .. 7   lanes 0 .. 7        lanes 16 .. 23      2 c + l / 16 of row l % 16, for
 //     row 8 .. 15  lanes 8 .. 15       lanes 24 .. 31      c = 0 .. 3, at place chunk ^ (l % 8)
 //
-// so that going on to the next c is an exclusive or of the address with 32 c.
-template <bool BACKWARD>
+// so that going on to the next c is an exclusive or of the address with 32 c. Mirrored, these 16
+// rows are columns 16 warp .. of a box of (64, 64), and a group's four warps fill it together:
+//
+//     columns      0 .. 7              8 .. 15             of the 16, that is chunk 2 warp + l / 8
+//     row 0 .. 7   lanes 0 .. 7        lanes 8 .. 15       % 2 of row 16 c + l / 16 * 8 + l % 8
+//     row 8 .. 15  lanes 16 .. 23      lanes 24 .. 31
+template <GemmKind E>
 __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call, float (&d)[128],
                                            GemmPlace *at, GemmTile tile, int group) {
     int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP, lane = threadIdx.x % WARP;
     int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile
+    int top = tile.matrix * call.side;
     unsigned mine = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    unsigned turned =
+        (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
     unsigned in = 0;
 #pragma unroll
     for (int j = 0; j < GEMM_COLUMNS / GEMM_STEP; j++) {
-        bf16 *out = s->out[warp][j];
-        if (BACKWARD) {
+        int column = tile.column + j * GEMM_STEP;
+        bool above = gemm_symmetric<E> && column >= tile.row + GEMM_ROWS;
+        bool below = gemm_symmetric<E> && column < tile.row;
+        bf16 *out = s->out[gemm_symmetric<E> ? j % 2 : j][warp], *mirror = s->out[2 + j % 2][0];
+        if (gemm_reads<E>) {
             if (j % 2 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
             in = shared_address(&s->b[at->stage][j % 2 * GEMM_INPUT + row * GEMM_STEP]);
         }
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            unsigned y[4] = {}, x[4];
-            if (BACKWARD) ldmatrix(y, in + (mine ^ c * 32));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int k = 32 * j + 8 * c + 2 * i;
-                x[i] = gemm_finish<BACKWARD>(d[k], d[k + 1], y[i]);
+        if (!above) {
+            if (gemm_symmetric<E> && j >= 2) {
+                if (lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
+                barrier_sync(1 + group, GEMM_GROUP_THREADS);
             }
-            stmatrix(shared_address(out) + (mine ^ c * 32), x);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                unsigned x[4] = {}, y[4];
+                if (gemm_reads<E>) ldmatrix(x, in + (mine ^ c * 32));
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int k = 32 * j + 8 * c + 2 * i;
+                    y[i] = gemm_finish<E>(call, d[k], d[k + 1], x[i]);
+                }
+                stmatrix(shared_address(out) + (mine ^ c * 32), y);
+                if (below) stmatrix_trans(shared_address(mirror) + turned + c * 16 * 128, y);
+            }
+            fence_async();
+            if (gemm_symmetric<E>)
+                barrier_sync(1 + group, GEMM_GROUP_THREADS);
+            else
+                __syncwarp();
+            if (lane == 0) {
+                tma_store(&call.out, top + tile.row + row, column, out);
+                if (below && warp == 0)
+                    tma_store(&call.mirror, top + column, tile.row + row, mirror);
+                tma_store_commit();
+            }
         }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) {
-            tma_store(&call.out, tile.row + row, tile.column + j * GEMM_STEP, out);
-            tma_store_commit();
-        }
-        if (BACKWARD && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
+        if (gemm_reads<E> && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
     }
 }
 
-template <bool BACKWARD>
+template <GemmKind E>
 __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
-    constexpr int B_STEP = BACKWARD ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
-    int tiles = call.tiles_m * call.tiles_n;
+    constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
+    constexpr int A_STEP = A_ACROSS ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
+    constexpr int B_STEP = B_ACROSS ? 16 * 8 : 2;
     int turn = group ^ 1;  // parity: the first turn is group 0's
     GemmPlace at = {0, 0};
     float d[128];
-    for (int t = blockIdx.x; t < tiles; t += gridDim.x, turn ^= 1) {
-        GemmTile tile = gemm_tile(call, t);
-        int before = 0;                   // the stage of the step before
-        pin(tile.row), pin(tile.column);  // divided for here, not when it is this group's turn
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
+        GemmTile tile = gemm_tile<E>(call, t);
+        int before = 0;  // the stage of the step before
+        // divided for here, not when it is this group's turn
+        pin(tile.row), pin(tile.column), pin(tile.matrix);
         for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
+            const bf16 *a_tile = &s->a[at.stage][group * GEMM_GROUP_ROWS * GEMM_STEP];
             const bf16 *b_tile = s->b[at.stage];
-            uint64_t a = wgmma_rows(&s->a[at.stage][group * GEMM_GROUP_ROWS * GEMM_STEP]);
-            uint64_t b = BACKWARD ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
+            uint64_t a = A_ACROSS ? wgmma_columns(a_tile, GEMM_BOX_BYTES) : wgmma_rows(a_tile);
+            uint64_t b = B_ACROSS ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
             mbarrier_wait(&s->full[at.stage], at.parity);
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < GEMM_STEP / 16; i++)
-                wgmma<BACKWARD>(d, a + i * 2, b + i * B_STEP, k > 0 || i > 0);
+                wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
             wgmma_commit();
             wgmma_wait<1>();  // the step before has been read; this one goes on
             if (k > 0) gemm_release(s, before);
@@ -233,7 +310,7 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
         pin(d);
         gemm_release(s, before);
         mbarrier_wait(&s->turn[group], turn);
-        gemm_leave<BACKWARD>(s, call, d, &at, tile, group);
+        gemm_leave<E>(s, call, d, &at, tile, group);
         if (threadIdx.x % WARP == 0) {
             tma_store_wait_read<0>();  // this warp's boxes may be written again
             mbarrier_arrive(&s->turn[group ^ 1]);
@@ -244,9 +321,9 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
 
 // ---------------------------------------------------------------------------------------------
 
-template <bool BACKWARD>
+template <GemmKind E>
 static __global__ void __launch_bounds__(GEMM_THREADS, 1)
-    gemm_relu2_kernel(const __grid_constant__ GemmCall call) {
+    gemm_kernel(const __grid_constant__ GemmCall call) {
     extern __shared__ char gemm_memory[];
     GemmShared *s = (GemmShared *)(((uintptr_t)gemm_memory + 1023) & ~(uintptr_t)1023);
     int group = threadIdx.x / GEMM_GROUP_THREADS;
@@ -261,10 +338,10 @@ static __global__ void __launch_bounds__(GEMM_THREADS, 1)
     __syncthreads();
     if (group == GEMM_GROUPS) {
         registers_give<40>();
-        if (threadIdx.x % GEMM_GROUP_THREADS == 0) gemm_produce<BACKWARD>(s, call);
+        if (threadIdx.x % GEMM_GROUP_THREADS == 0) gemm_produce<E>(s, call);
     } else {
         registers_take<232>();
-        gemm_consume<BACKWARD>(s, call, group);
+        gemm_consume<E>(s, call, group);
     }
 }
 
@@ -293,7 +370,9 @@ static inline void gemm_sm90_init(GemmSm90 *g, const Gpu *gpu) {
     if (found != cudaDriverEntryPointSuccess)
         die(EXIT_DEVICE, "driver: found no cuTensorMapEncodeTiled, expected that of CUDA 12; "
                          "update the driver");
-    for (auto kernel : {gemm_relu2_kernel<false>, gemm_relu2_kernel<true>})
+    for (auto kernel :
+         {gemm_kernel<GEMM_RELU2>, gemm_kernel<GEMM_RELU2_BACKWARD>, gemm_kernel<GEMM_SQUARE>,
+          gemm_kernel<GEMM_SQUARE_ACROSS>, gemm_kernel<GEMM_SQUARE_ADD>})
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         GEMM_SHARED_BYTES));
     g->processors = gpu->processors;
@@ -302,9 +381,14 @@ static inline void gemm_sm90_init(GemmSm90 *g, const Gpu *gpu) {
 
 static inline void gemm_sm90_free(GemmSm90 *g) { free(g->map); }
 
-// Whether products of so many columns, over so many terms, are taken here.
+// Whether products of so many columns, over so many terms, are taken here for ReLU^2.
 static inline bool gemm_sm90_fits(int columns, int sum) {
     return columns % GEMM_COLUMNS == 0 && sum % GEMM_STEP == 0;
+}
+
+// Whether squares (side, side) are, over so many terms.
+static inline bool gemm_sm90_squares(int side, int sum) {
+    return side % GEMM_ROWS == 0 && sum % GEMM_STEP == 0;
 }
 
 // Describes p (rows, columns) and its boxes of (box_rows, 64).
@@ -337,22 +421,28 @@ static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, 
     memcpy(map, m->map, sizeof *map);
 }
 
+template <GemmKind E>
+static inline void gemm_launch(const GemmSm90 *g, const GemmCall *call, cudaStream_t stream) {
+    int blocks = call->tiles < g->processors ? call->tiles : g->processors;
+    gemm_kernel<E><<<blocks, GEMM_THREADS, GEMM_SHARED_BYTES, stream>>>(*call);
+    CUDA_LAUNCHED();
+}
+
 // out (M, N) = what ReLU^2 makes of a (M, K) b; in (M, N): backward's y, else NULL.
-template <bool BACKWARD>
-static inline void gemm_launch(const GemmSm90 *g, bf16 *out, const bf16 *a, const bf16 *b,
-                               const bf16 *in, int M, int N, int K, cudaStream_t stream) {
+template <GemmKind E>
+static inline void gemm_relu2(const GemmSm90 *g, bf16 *out, const bf16 *a, const bf16 *b,
+                              const bf16 *in, int M, int N, int K, cudaStream_t stream) {
     GemmCall call = {};
+    bool across = gemm_b_across<E>;
     assert(M > 0 && gemm_sm90_fits(N, K));
     gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
-    gemm_map(g, &call.b, b, BACKWARD ? K : N, BACKWARD ? N : K,
-             BACKWARD ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? GEMM_STEP : GEMM_COLUMNS);
     gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
-    if (BACKWARD) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
+    if (in) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
     call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
+    call.tiles = call.tiles_m * call.tiles_n;
     call.sum = K;
-    int tiles = call.tiles_m * call.tiles_n, blocks = tiles < g->processors ? tiles : g->processors;
-    gemm_relu2_kernel<BACKWARD><<<blocks, GEMM_THREADS, GEMM_SHARED_BYTES, stream>>>(call);
-    CUDA_LAUNCHED();
+    gemm_launch<E>(g, &call, stream);
 }
 
 static inline void gemm_sm90_relu2_forward(const GemmSm90 *g,
@@ -360,7 +450,7 @@ static inline void gemm_sm90_relu2_forward(const GemmSm90 *g,
                                            const bf16 *x,  // (n, K)
                                            const bf16 *w,  // (N, K)
                                            int n, int K, int N, cudaStream_t stream) {
-    gemm_launch<false>(g, y, x, w, NULL, n, N, K, stream);
+    gemm_relu2<GEMM_RELU2>(g, y, x, w, NULL, n, N, K, stream);
 }
 
 static inline void gemm_sm90_relu2_backward(const GemmSm90 *g,
@@ -369,7 +459,32 @@ static inline void gemm_sm90_relu2_backward(const GemmSm90 *g,
                                             const bf16 *w,   // (N, K)
                                             const bf16 *y,   // (n, K)
                                             int n, int K, int N, cudaStream_t stream) {
-    gemm_launch<true>(g, dz, dy, w, y, n, K, N, stream);
+    gemm_relu2<GEMM_RELU2_BACKWARD>(g, dz, dy, w, y, n, K, N, stream);
+}
+
+// d = x x^T, or x^T x if `across`; with c: d = alpha x x^T + beta c, c symmetric.
+static inline void gemm_sm90_square(const GemmSm90 *g,
+                                    bf16 *d,                     // (batch, M, M); neither x nor c
+                                    const bf16 *x, bool across,  // (batch, M, K), or (batch, K, M)
+                                    const bf16 *c,               // (batch, M, M), or NULL
+                                    float alpha, float beta, int M, int K, int batch,
+                                    cudaStream_t stream) {
+    GemmCall call = {};
+    int rows = batch * (across ? K : M), columns = across ? M : K, all = batch * M;
+    assert(batch > 0 && gemm_sm90_squares(M, K) && !(across && c) && d != x && d != c);
+    gemm_map(g, &call.a, x, rows, columns, across ? GEMM_STEP : GEMM_ROWS);
+    gemm_map(g, &call.b, x, rows, columns, across ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.out, d, all, M, GEMM_WARP_ROWS);
+    gemm_map(g, &call.mirror, d, all, M, GEMM_GROUP_ROWS);
+    if (c) gemm_map(g, &call.in, c, all, M, GEMM_ROWS);
+    call.tiles_m = M / GEMM_ROWS, call.tiles_n = ceil_div(M, GEMM_COLUMNS);
+    call.tiles = batch * call.tiles_n * (call.tiles_m + 1 - call.tiles_n);
+    call.side = M, call.sum = K;
+    call.alpha = alpha, call.beta = beta;
+    auto launch = c        ? gemm_launch<GEMM_SQUARE_ADD>
+                  : across ? gemm_launch<GEMM_SQUARE_ACROSS>
+                           : gemm_launch<GEMM_SQUARE>;
+    launch(g, &call, stream);
 }
 
 #endif

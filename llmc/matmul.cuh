@@ -4,6 +4,7 @@
 //     dgrad     dx (n, K)  = dy (n, N) W
 //     wgrad     dW (N, K) += dy^T x                          FP32, whatever dy and x are
 //     batched   d  (M, N)  = alpha op(a) op(b) + beta c      for each of `batch` matrices
+//     square    d  (M, M)  = alpha op(x) op(x)^T + beta c    likewise
 //
 // Everything is stored row by row, without gaps. n is any number from 1 on; K, N and all sizes of
 // matmul_batched are multiples of 8, and pointers multiples of 16 bytes. Sums are FP32 and rounded
@@ -26,7 +27,8 @@
 // workspace: products of one Matmul must run on one stream, or behind one another.
 //
 // EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for
-// Hopper alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes; else the product is
+// Hopper alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes, and for squares the
+// one that computes half of them and mirrors it; else the product is
 // cuBLASLt's, and llmc/relu2.cuh's kernel follows. Both leave the same in memory, but for the
 // rounding to BF16 of a product that comes to memory in between.
 //
@@ -50,10 +52,13 @@ typedef struct {
 static inline void gemm_sm90_init(GemmSm90 *, const Gpu *) {}
 static inline void gemm_sm90_free(GemmSm90 *) {}
 static inline bool gemm_sm90_fits(int, int) { return false; }
+static inline bool gemm_sm90_squares(int, int) { return false; }
 static inline void gemm_sm90_relu2_forward(GemmSm90 *, floatX *, const floatX *, const floatX *,
                                            int, int, int, cudaStream_t) {}
 static inline void gemm_sm90_relu2_backward(GemmSm90 *, floatX *, const floatX *, const floatX *,
                                             const floatX *, int, int, int, cudaStream_t) {}
+static inline void gemm_sm90_square(GemmSm90 *, floatX *, const floatX *, bool, const floatX *,
+                                    float, float, int, int, int, cudaStream_t) {}
 #endif
 
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;  // bytes
@@ -306,6 +311,20 @@ static inline void matmul_batched(Matmul *m,
     assert(c || beta == 0);
     matmul(m, d, matmul_operand(d).type, matmul_operand(a), ta, matmul_operand(b), tb, c, alpha,
            beta, M, N, K, batch, stream);
+}
+
+// d = alpha op(x) op(x)^T + beta c likewise, c symmetric or NULL; op transposes where tx says so. d
+// may be neither x nor c.
+static inline void matmul_square(Matmul *m,
+                                 floatX *d,                 // (batch, M, M)
+                                 const floatX *x, bool tx,  // (batch, M, K), or (batch, K, M)
+                                 const floatX *c,           // (batch, M, M), or NULL
+                                 float alpha, float beta, int M, int K, int batch,
+                                 cudaStream_t stream) {
+    if (gemm_sm90_squares(M, K) && (c ? !tx : alpha == 1))
+        gemm_sm90_square(&m->fused, d, x, tx, c, alpha, beta, M, K, batch, stream);
+    else
+        matmul_batched(m, d, x, tx, x, !tx, c, alpha, beta, M, M, K, batch, stream);
 }
 
 #endif

@@ -232,12 +232,12 @@ __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, in
                  : WGMMA_32 : "l"(a), "l"(b), "r"(add));
 }
 
-// The same; B may be columns, and the product is A B.
-template <bool B_COLUMNS>
+// The same; A or B may be columns: the product is A^T B^T, A B or A^T B.
+template <bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {
     asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %130, 0;\n\t"
-                 WGMMA(256) "{" WGMMA_NAMES_128 "}, %128, %129, add, 1, 1, 0, %131;\n\t}"
-                 : WGMMA_128 : "l"(a), "l"(b), "r"(add), "n"(B_COLUMNS));
+                 WGMMA(256) "{" WGMMA_NAMES_128 "}, %128, %129, add, 1, 1, %131, %132;\n\t}"
+                 : WGMMA_128 : "l"(a), "l"(b), "r"(add), "n"(A_COLUMNS), "n"(B_COLUMNS));
 }
 
 // D += A B; A in registers, B is columns.
@@ -262,6 +262,14 @@ __device__ __forceinline__ void stmatrix(unsigned address, const unsigned (&m)[4
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
                  : "memory");
+}
+
+// The same of the transposed matrices: row r of memory gets column r.
+__device__ __forceinline__ void stmatrix_trans(unsigned address, const unsigned (&m)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+        : "memory");
 }
 
 // relu(low), relu(high), rounded to BF16, in one register. NaN stays NaN.

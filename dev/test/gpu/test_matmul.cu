@@ -1,5 +1,5 @@
 // test_matmul.cu: products (llmc/matmul.cuh) against sums in double on the host. `test_matmul
-// bench` times those that end in ReLU^2.
+// bench` times those that cuBLASLt has not.
 #include <cuda_fp8.h>
 
 #include "dev/test/gpu/test_tokens.cuh"  // filled_array
@@ -125,6 +125,42 @@ TEST(batched) {
                            alpha, beta, M, N, K, batch, 0);
             gpu_compare(out, expected, batch * M, N, "M %d, N %d, K %d, batch %d, kind %d", M, N, K,
                         batch, kind);
+            gpu_end_case();
+        }
+}
+
+// Symmetric products: X X^T, X^T X, and with what is added; whole blocks of (128, 128), which a kernel
+// of Hopper's makes one side of the diagonal of, and other sizes.
+TEST(square) {
+    static const struct {
+        int M, K, batch;
+    } shape[] = {{8, 8, 1},      {48, 192, 3},  {128, 64, 1},   {128, 128, 3},
+                 {256, 320, 2},  {384, 384, 5}, {192, 192, 2},  {640, 72, 1},
+                 {640, 128, 30}, {768, 768, 3}, {768, 3072, 2}, {1536, 1536, 1}};
+    for (int i = 0; i < (grid_small ? 5 : 12); i++)
+        for (int kind = 0; kind < 4; kind++) {
+            int M = shape[i].M, K = shape[i].K, batch = shape[i].batch;
+            bool tx = kind & 1, add = kind & 2;
+            float alpha = add ? 0.75f : 1, beta = add ? -1.5f : 0;
+            size_t count = (size_t)batch * M * M;
+            GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)batch * M * K, 1);
+            GpuArray<floatX> c = gpu_normal<floatX>("c", count, 10);
+            for (size_t at = 0; at < count; at++) {
+                size_t row = at / M % M, column = at % M;
+                if (column > row) c.host[at] = c.host[at - at % (M * M) + column * M + row];
+            }
+            c = gpu_copy<floatX>("c", c.host, count);
+            GpuArray<floatX> d = gpu_poisoned<floatX>("d", count);
+            GpuArray<floatX> again = gpu_poisoned<floatX>("again", count);
+            float *expected = gpu_expected(count);
+            reference(expected, x.host, tx, x.host, !tx, add ? c.host : NULL, alpha, beta, M, M, K,
+                      batch);
+            for (const GpuArray<floatX> &out : {d, again})
+                matmul_square(&mm, out.device, x.device, tx, add ? c.device : NULL, alpha, beta, M,
+                              K, batch, 0);
+            gpu_compare(d, expected, batch * M, M, "M %d, K %d, batch %d, kind %d", M, K, batch,
+                        kind);
+            CHECK(same_bits(d, again));
             gpu_end_case();
         }
 }
@@ -427,9 +463,10 @@ static void compare(const char *name, int n, int columns, int sum, Ours ours, Th
     }
     double our = us[0][TIMES / 2], their = us[1][TIMES / 2];
     printf("%-14s %s  n %6d  columns %4d  sum %4d  %8.1f us %4.0f TFLOP/s  (%.0f to %.0f)   "
-           "cuBLASLt + kernel %8.1f us   %.3f\n",
+           "cuBLASLt%s %8.1f us   %.3f\n",
            name, PRECISION_NAME, n, columns, sum, our, 1e-6 * flops / our, us[0][TIMES / 10],
-           us[0][TIMES - 1 - TIMES / 10], their, our / their);
+           us[0][TIMES - 1 - TIMES / 10], strstr(name, "relu2") ? " + kernel" : "", their,
+           our / their);
 }
 
 static void lines(int n, int C) {
@@ -456,17 +493,37 @@ static void lines(int n, int C) {
     gpu_end_case();
 }
 
+// Muon's, in batches of as many as its scratch holds. TFLOP/s count both halves.
+static void square_lines(int M, int K, int batch) {
+    floatX *x = filled_array<floatX>((size_t)batch * M * K),
+           *a = filled_array<floatX>((size_t)batch * M * M),
+           *d = filled_array<floatX>((size_t)batch * M * M);
+    for (bool tx : {false, true})
+        compare(
+            tx ? "X^T X" : "X X^T", batch * M, M, K,
+            [=] { matmul_square(&mm, a, x, tx, NULL, 1, 0, M, K, batch, 0); },
+            [=] { matmul_batched(&mm, a, x, tx, x, !tx, NULL, 1, 0, M, M, K, batch, 0); });
+    compare(
+        "b A + c A^2", batch * M, M, M,
+        [=] { matmul_square(&mm, d, a, false, a, 2, -1, M, M, batch, 0); },
+        [=] { matmul_batched(&mm, d, a, false, a, false, a, 2, -1, M, M, M, batch, 0); });
+    gpu_end_case();
+}
+
 int main(int argc, char **argv) {
     gpu_test_begin();
     matmul_init(&mm, &test_gpu);
     if (argc > 1 && !strcmp(argv[1], "bench")) {
         for (int i = 0; i < 2; i++) lines(131072, 768), lines(65536, 768), lines(32768, 1536);
+        square_lines(1536, 1536, 56), square_lines(1536, 6144, 22);
+        square_lines(768, 768, 48), square_lines(768, 3072, 12);
         return 0;
     }
     RUN(forward);
     RUN(dgrad);
     RUN(wgrad_adds);
     RUN(batched);
+    RUN(square);
     RUN(same_bits_again);
     RUN(relu2_epilogue);
     RUN(relu2_backward_epilogue);
