@@ -28,7 +28,7 @@ FIND     := $(foreach v,CUDNN_HOME NCCL_HOME CUDNN_FRONTEND_PATH,$(v)="$($(v))")
 GPU_ARCH := $(if $(CUDA),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^9\.0$$/90a/; s/^\([0-9]*\)\.\([0-9][a-z]*\)$$/\1\2/p; /^90a$$/p' | sort -u))
 ARCH     ?= $(or $(GPU_ARCH),90a)
 comma    := ,
-# HOPPER: all is for sm_90a, and attention is Hopper's (llmc/attention_sm90.cuh).
+# HOPPER: all is for sm_90a, and kernels of Hopper's own take the place of portable ones.
 HOPPER   := $(if $(filter-out 90a,$(ARCH)),,-DHOPPER)
 GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
 FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)

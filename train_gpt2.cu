@@ -10,7 +10,7 @@
 // MEMORY. One allocation a kind, laid out by the table of llmc/model.h, block by block:
 //     masters, gradients, first and second optimizer states (FP32), weights (the masters in BF16)
 // and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are
-// kept for backward (x_in, h1, q, k, v, att, h2: C each; fc: 4C); relu^2 is computed again.
+// kept for backward (x_in, h1, q, k, v, att, h2: C each; relu2: 4C).
 //
 // ONE STEP. All but the norms is enqueued on one stream; the host waits once, at the end:
 //
@@ -43,7 +43,6 @@
 #include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad
 #include "llmc/model.h"          // Config, Table, table_init, table_fill
 #include "llmc/muon.cuh"         // Muon, muon_update
-#include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
 #include "llmc/residual.cuh"     // Residual, mix_norm_forward, backout_norm_forward, add_forward
 #include "llmc/rmsnorm.cuh"      // norm_backward
 #include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
@@ -131,7 +130,7 @@ typedef struct {
     float *gate;      // (n, H): the value embedding's gates
     floatX *att;      // (n, C): attention's output before wo
     float *lse;       // (H, n): its log-sum-exps
-    floatX *fc;       // (n, F): h2 wfc^T
+    floatX *relu2;    // (n, F): relu(h2 wfc^T)^2
 } LayerActivations;
 
 typedef struct {
@@ -145,7 +144,7 @@ typedef struct {
     float *rf;                      // (n)
     floatX *logits;                 // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
     float *losses;                  // (n): nats of each target
-    floatX *relu2, *dfc;            // (n, F)
+    floatX *dfc;                    // (n, F)
     floatX *dx, *dx0, *dx_middle;   // (n, C): gradients of the stream, of x0, of x_middle
     floatX *datt_out;               // (n, C)
     floatX *dx_mlp;                 // (n, C): what of datt_out came through the MLP
@@ -188,14 +187,14 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
         PLACE(l->qkv, floatX, X, n * 3 * C), PLACE(l->qk_r, float, 4, n * 2 * H);
         PLACE(l->gate, float, 4, gated ? n *H : 0), PLACE(l->lse, float, 4, n *H);
         PLACE(l->att, floatX, X, n * C), PLACE(l->h2, floatX, X, n * C);
-        PLACE(l->fc, floatX, X, n * F);
+        PLACE(l->relu2, floatX, X, n * F);
     }
     a->x0 = a->layer[0].x_in;
     PLACE(a->x, floatX, X, n * C), PLACE(a->att_out, floatX, X, n * C);
     PLACE(a->mlp_out, floatX, X, n * C), PLACE(a->hf, floatX, X, n * C);
     PLACE(a->rf, float, 4, n);
     PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
-    PLACE(a->relu2, floatX, X, n * F), PLACE(a->dfc, floatX, X, n * F);
+    PLACE(a->dfc, floatX, X, n * F);
     PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
     PLACE(a->dx_middle, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
     PLACE(a->datt_out, floatX, X, n * C), PLACE(a->dx_mlp, floatX, X, n * C);
@@ -335,7 +334,7 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
     Trace *t = &m->trace;
     cudaStream_t s = m->stream;
     int n = b->n, C = c->C, H = c->H, D = c->D, F = c->F;
-    double nC = (double)sizeof(floatX) * n * C, nF = (double)sizeof(floatX) * n * F;
+    double nC = (double)sizeof(floatX) * n * C;
     const MatmulEpilogue store = {MATMUL_STORE};
 
     trace_op(t, "embed_norm", -1, 0, 2 * nC);
@@ -369,13 +368,11 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
                        store, n, C, C, s);
         trace_op(t, "norm", i, 0, 3 * nC);
         residual_norm_forward(l->h2, l->r2, {a->x, a->att_out, NULL}, n, C, s);
-        trace_op(t, "fc", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
-        matmul_forward(&m->matmul, l->fc, matmul_operand(l->h2), matmul_operand(lw->wfc), store, n,
-                       C, F, s);
-        trace_op(t, "relu2", i, 0, 2 * nF);
-        relu2_forward(a->relu2, l->fc, (size_t)n * F, s);
+        trace_op(t, "fc relu2", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
+        matmul_forward(&m->matmul, l->relu2, matmul_operand(l->h2), matmul_operand(lw->wfc),
+                       {MATMUL_RELU2}, n, C, F, s);
         trace_op(t, "proj", i, matmul_flops(n, F, C), matmul_bytes(n, F, C));
-        matmul_forward(&m->matmul, a->mlp_out, matmul_operand(a->relu2), matmul_operand(lw->wproj),
+        matmul_forward(&m->matmul, a->mlp_out, matmul_operand(l->relu2), matmul_operand(lw->wproj),
                        store, n, F, C, s);
         stream = {a->x, a->att_out, a->mlp_out};
         weights_release(m, 1 + i);
@@ -446,14 +443,13 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     double flops_3C = 3 * flops_C, bytes_3C = matmul_bytes(n, C, 3 * C);
     const MatmulEpilogue store = {MATMUL_STORE};
 
-    // mlp_out = relu2(fc) wproj^T
-    trace_op(t, "proj dgrad", i, flops_F, bytes_F);
-    matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj), store, n, F, C, s);
-    trace_op(t, "relu2 backward", i, 0, 4 * nF);
-    relu2_backward(a->dfc, a->relu2, l->fc, (size_t)n * F, s);
+    // mlp_out = relu2 wproj^T
+    trace_op(t, "proj dgrad relu2", i, flops_F, bytes_F + nF);
+    matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj),
+                 {MATMUL_RELU2_BACKWARD, l->relu2}, n, F, C, s);
     trace_op(t, "proj wgrad", i, flops_F, wgrad_bytes(n, F, C));
-    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(a->relu2), n, F, C, s);
-    // fc = h2 wfc^T, h2 = N(x + att_out)
+    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(l->relu2), n, F, C, s);
+    // relu2 = relu(h2 wfc^T)^2, h2 = N(x + att_out)
     trace_op(t, "fc wgrad", i, flops_F, wgrad_bytes(n, C, F));
     matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);

@@ -48,7 +48,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t *barrier, unsigned count)
                  : "memory");
 }
 
-// Behind all mbarrier_init: the TMA and the cluster's other blocks see them, too, after a barrier.
+// Behind all mbarrier_init: the TMA sees them, too, after a barrier.
 __device__ __forceinline__ void mbarrier_init_fence(void) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -56,16 +56,6 @@ __device__ __forceinline__ void mbarrier_init_fence(void) {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                  : "memory");
-}
-
-// Arrives at the barrier that lies at the same place in block `rank` of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_at(uint64_t *barrier, int rank) {
-    asm volatile(
-        "{\n\t.reg .b32 there;\n\t"
-        "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
-        "r"(rank)
-        : "memory");
 }
 
 // Arrives, and announces `bytes` that copies will bring.
@@ -97,18 +87,6 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// All threads of all blocks of the cluster meet.
-__device__ __forceinline__ void cluster_sync(void) {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// This block's number in its cluster.
-__device__ __forceinline__ int cluster_rank(void) {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
 // ---------------------------------------------------------------------------------------------
 // Copies, and registers.
 
@@ -118,16 +96,6 @@ __device__ __forceinline__ void tma_load(void *to, const CUtensorMap *map, int r
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-// The same to the same place in each block of the cluster whose bit is set in `blocks`; the bytes
-// arrive at each one's barrier.
-__device__ __forceinline__ void tma_load_multicast(void *to, const CUtensorMap *map, int row,
-                                                   int column, uint64_t *barrier, int blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((short)blocks)
                  : "memory");
 }
 
@@ -152,10 +120,6 @@ __device__ __forceinline__ void tma_store_commit(void) {
 // Waits until all but the last N groups of this thread have read shared memory.
 template <int N> __device__ __forceinline__ void tma_store_wait_read(void) {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // The warpgroup gives registers back, down to N a thread; or takes more, up to N.
@@ -232,12 +196,12 @@ __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, in
                  : WGMMA_32 : "l"(a), "l"(b), "r"(add));
 }
 
-// The same; B may be columns, and the product is A B.
-template <bool B_COLUMNS>
+// The same; A or B may be columns: the product is A^T B^T, A B or A^T B.
+template <bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {
     asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %130, 0;\n\t"
-                 WGMMA(256) "{" WGMMA_NAMES_128 "}, %128, %129, add, 1, 1, 0, %131;\n\t}"
-                 : WGMMA_128 : "l"(a), "l"(b), "r"(add), "n"(B_COLUMNS));
+                 WGMMA(256) "{" WGMMA_NAMES_128 "}, %128, %129, add, 1, 1, %131, %132;\n\t}"
+                 : WGMMA_128 : "l"(a), "l"(b), "r"(add), "n"(A_COLUMNS), "n"(B_COLUMNS));
 }
 
 // D += A B; A in registers, B is columns.
@@ -264,11 +228,12 @@ __device__ __forceinline__ void stmatrix(unsigned address, const unsigned (&m)[4
                  : "memory");
 }
 
-// relu(low), relu(high), rounded to BF16, in one register. NaN stays NaN.
-__device__ __forceinline__ unsigned relu_pack(float low, float high) {
-    unsigned packed;
-    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
+// The same of the transposed matrices: row r of memory gets column r.
+__device__ __forceinline__ void stmatrix_trans(unsigned address, const unsigned (&m)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+        : "memory");
 }
 
 #endif

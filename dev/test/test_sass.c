@@ -1,12 +1,18 @@
 // test_sass.c: the machine code of build/train_gpt2cu, where that is built for Hopper alone: each
-// kernel of attention multiplies by wgmma (HGMMA), and keeps all it works on in registers (no stack:
-// ptxas spilled nothing). Needs cuobjdump, of CUDA's toolkit.
+// kernel of attention, and each product of our own, multiplies by wgmma (HGMMA) and keeps all it
+// works on in registers (no stack: ptxas spilled nothing). Needs cuobjdump, of CUDA's toolkit.
 #include "dev/test/test.h"
 #include "llmc/io.h"  // io_read_file
 
-static const char *const kernels[] = {"attention_forward_kernel", "attention_dq_kernel",
-                                      "attention_dkv_kernel"};
-static const char *const head_sizes[] = {"ILi64E", "ILi128E"};  // as a mangled name has them
+// As their mangled names begin: kernel, head size or GemmKind.
+static const char *const kernels[] = {
+    "attention_forward_kernelILi64E", "attention_forward_kernelILi128E",
+    "attention_dq_kernelILi64E",      "attention_dq_kernelILi128E",
+    "attention_dkv_kernelILi64E",     "attention_dkv_kernelILi128E",
+    "gemm_kernelIL8GemmKind0E",       "gemm_kernelIL8GemmKind1E",
+    "gemm_kernelIL8GemmKind2E",       "gemm_kernelIL8GemmKind3E",
+    "gemm_kernelIL8GemmKind4E",
+};
 
 static const char *build(void) { return getenv("BUILD") ? getenv("BUILD") : "build"; }
 
@@ -31,10 +37,8 @@ static char *cuobjdump(const char *options) {
 
 // What stands in `text` about a kernel: from its name to the next function; the caller frees it.
 // NULL if it is not there.
-static char *about(const char *text, const char *kernel, const char *head_size) {
-    char name[80];
-    snprintf(name, sizeof name, "%s%s", kernel, head_size);
-    const char *from = strstr(text, name), *to = from ? strstr(from, "Function") : NULL;
+static char *about(const char *text, const char *kernel) {
+    const char *from = strstr(text, kernel), *to = from ? strstr(from, "Function") : NULL;
     return !from ? NULL : to ? strndup(from, (size_t)(to - from)) : strdup(from);
 }
 
@@ -54,22 +58,20 @@ static void check_kernels(const char *options, const char *wanted) {
         free(text);
         SKIP("cuobjdump is not installed");
     }
-    for (int k = 0; k < 3; k++)
-        for (int d = 0; d < 2; d++) {
-            char *part = about(text, kernels[k], head_sizes[d]);
-            test_check(part && strstr(part, wanted), __FILE__, __LINE__, "%s<%s>: %s '%s'",
-                       kernels[k], d ? "128" : "64", part ? "without" : "not found, expected with",
-                       wanted);
-            free(part);
-        }
+    for (size_t k = 0; k < sizeof kernels / sizeof *kernels; k++) {
+        char *part = about(text, kernels[k]);
+        test_check(part && strstr(part, wanted), __FILE__, __LINE__, "%s: %s '%s'", kernels[k],
+                   part ? "without" : "not found, expected with", wanted);
+        free(part);
+    }
     free(text);
 }
 
-TEST(attention_multiplies_by_wgmma) { check_kernels("-sass", "HGMMA"); }
-TEST(attention_spills_nothing) { check_kernels("-res-usage", " STACK:0 "); }
+TEST(kernels_multiply_by_wgmma) { check_kernels("-sass", "HGMMA"); }
+TEST(kernels_spill_nothing) { check_kernels("-res-usage", " STACK:0 "); }
 
 int main(void) {
-    RUN(attention_multiplies_by_wgmma);
-    RUN(attention_spills_nothing);
+    RUN(kernels_multiply_by_wgmma);
+    RUN(kernels_spill_nothing);
     return test_end();
 }
