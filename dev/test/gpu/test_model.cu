@@ -255,7 +255,7 @@ TEST(bad_gradient_is_named) {
     size_t bytes = table->numel * sizeof(float);
     float *grads = (float *)die_alloc(table->numel, sizeof *grads, "gradients");
     float *before = trainer_params(&t);
-    read_grads(&t, grads);
+    CUDA_CHECK(cudaMemcpy(grads, t.model.grads, bytes, cudaMemcpyDeviceToHost));
     CHECK(find_bad_tensor(&t.model) == NULL);
     grads[table_find(table, WTE, -1)->offset] = NAN;
     grads[table_find(table, WQ, 1)->offset] = NAN;
