@@ -649,14 +649,38 @@ static const char *find_bad_tensor(const Model *m) {
     return bad ? bad->name : NULL;
 }
 
+// The first of the step's rows, from `row` on, whose loss is not finite when it is alone in the
+// batch: attention multiplies whole tiles, where a masked NaN still makes NaNs of rows beside its
+// own. When the run is about to end. first: the slot of the step's first micro-batch.
+static int find_bad_row(Model *m, const Phase *phase, int first, int row) {
+    size_t T = (size_t)phase->T, n = (size_t)phase->micro_rows * T;
+    size_t count = (size_t)phase->micro_steps * n;
+    int *inputs = (int *)die_alloc(2 * count, sizeof *inputs, "a copy of the step's tokens");
+    int *targets = inputs + count, rows = (int)(count / T), found = row;
+    double *losses = (double *)die_alloc(T, sizeof *losses, "a row's losses"), sum = 0;
+    for (int i = 0; i < phase->micro_steps; i++) {  // model_losses uses one of the slots
+        const DeviceBatch *b = &m->feed.slot[first + i].batch;
+        memcpy(inputs + (size_t)i * n, b->tokens, n * sizeof *inputs);
+        memcpy(targets + (size_t)i * n, b->targets, n * sizeof *targets);
+    }
+    for (int r = row; r < rows && isfinite(sum); r++) {
+        size_t at = (size_t)r * T;
+        model_losses(m, inputs + at, targets + at, 1, phase->T, phase, losses);
+        for (size_t t = 0; t < T; t++) sum += losses[t];
+        if (!isfinite(sum)) found = r;
+    }
+    free(inputs), free(losses);
+    return found;
+}
+
 // What the step left in host_step. first: the slot of its first micro-batch.
-static StepResult step_result(const Model *m, const Phase *phase, int first) {
+static StepResult step_result(Model *m, const Phase *phase, int first) {
     const StepState *done = m->host_step;
     StepResult r;
     memset(&r, 0, sizeof r);
     r.loss = done->loss_sum / (double)phase->batch, r.grad_norm = done->grad_norm;
     r.finite = !done->skip;
-    r.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
+    r.bad_row = done->bad_row == INT_MAX ? -1 : find_bad_row(m, phase, first, done->bad_row);
     if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m);
     int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
     r.origin = m->feed.slot[first + row / phase->micro_rows].origin[row % phase->micro_rows];
