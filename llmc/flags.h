@@ -142,9 +142,12 @@ static inline void flags_table(Arg table[FLAGS_COUNT], Flags *flags) {
 
 // Parses the command line. Exits 2 on a bad flag, 0 after --help.
 static inline void flags_parse(Flags *flags, Arg table[FLAGS_COUNT], int argc, char **argv) {
+    char usage[200];
+    const char *slash = strrchr(argv[0], '/');
+    snprintf(usage, sizeof usage, "%.99s --train SHARDS [--val SHARD] [--flag value]... [@file]",
+             slash ? slash + 1 : argv[0]);
     flags_table(table, flags);
-    args_parse(table, FLAGS_COUNT,
-               "train_gpt2 --train SHARDS [--val SHARD] [--flag value]... [@file]", argc, argv);
+    args_parse(table, FLAGS_COUNT, usage, argc, argv);
 }
 
 // The index of `value` among the words of `choices` (separated by spaces); else exits 2.

@@ -45,7 +45,7 @@ typedef struct {
     IoFile file;
     bool open, warned;
     int64_t first, total;  // steps: where this process began, and of the whole run
-    double started;        // seconds, monotonic
+    double started;        // the first step; seconds, monotonic
     uint64_t memory;       // bytes, for the line on stdout; 0: the process's peak
 } Logger;
 
@@ -186,7 +186,7 @@ static inline void log_complain(Logger *log) {
 // the caller may set memory.
 static inline void log_open(Logger *log, const char *out, int64_t first, int64_t total) {
     memset(log, 0, sizeof *log);
-    log->first = first, log->total = total, log->started = log_seconds();
+    log->first = first, log->total = total;
     if (!*out) return;
     if (snprintf(log->path, sizeof log->path, "%s/log.csv", out) >= (int)sizeof log->path)
         die(EXIT_USAGE, "--out: found a path of more than %d characters", IO_PATH_MAX - 9);
@@ -218,12 +218,13 @@ static inline uint64_t log_peak_memory(void) {
     return getrusage(RUSAGE_SELF, &usage) ? 0 : (uint64_t)usage.ru_maxrss * 1024;
 }
 
-// One step: a row in log.csv and a line on stdout. The time that is left counts what went by from
-// log_open to now, validations and saves included.
+// One step: a row in log.csv and a line on stdout. The time that is left counts what went by since
+// the first step began, validations and saves included.
 static inline void log_row(Logger *log, const LogRow *r) {
     char line[LOG_LINE_MAX];
     log_append(log, r);
     double done = (double)(r->step + 1 - log->first), left = (double)(log->total - r->step - 1);
+    if (r->step == log->first) log->started = log_seconds() - 1e-3 * r->ms;
     double eta = (log_seconds() - log->started) / done * left;
     uint64_t memory = log->memory ? log->memory : log_peak_memory();
     log_format_line(line, r, log->total, eta, memory);

@@ -329,7 +329,7 @@ static inline int shards_require_bos(ShardList *list, int bos) {
     if (failed || found) return failed;
     return shards_fail(
         "%s: byte %d to the end%s: found no BOS (token %d), expected one before each "
-        "document; give the shards' tokenizer or --bos, or --packing stream",
+        "document; give the shards' --tokenizer ('bytes' for bytes) or --bos, or --packing stream",
         list->shard[0].file.path, SHARD_HEADER, list->count > 1 ? ", and in the other shards" : "",
         bos);
 }
