@@ -28,6 +28,8 @@ FIND     := $(foreach v,CUDNN_HOME NCCL_HOME CUDNN_FRONTEND_PATH,$(v)="$($(v))")
 GPU_ARCH := $(if $(CUDA),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^9\.0$$/90a/; s/^\([0-9]*\)\.\([0-9][a-z]*\)$$/\1\2/p; /^90a$$/p' | sort -u))
 ARCH     ?= $(or $(GPU_ARCH),90a)
 comma    := ,
+# HOPPER: all is for sm_90a, and kernels of Hopper's own take the place of portable ones.
+HOPPER   := $(if $(filter-out 90a,$(ARCH)),,-DHOPPER)
 GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
 FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)
 $(if $(filter BF16 FP32,$(PRECISION)),,$(error PRECISION: found $(PRECISION), expected BF16 or FP32))
@@ -44,7 +46,7 @@ endif
 ALL_CFLAGS = -std=gnu11 $(CFLAGS) -fno-math-errno -Wall -Wextra $(if $(OPENMP),,-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror) -I. -MMD -MP $(OPENMP) $(PCRE2) $(EXTRA)
 LDLIBS     = $(PCRE2_L) -lm -lpthread
-NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
+NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(GENCODE) $(HOPPER) -t 0 -I. -Xcompiler -Wall,-Wextra,$(or $(OPENMP),-Wno-unknown-pragmas) \
              $(if $(WERROR),-Werror all-warnings) $(PCRE2)
 CUDA_LIBS  = -L$(CUDA_LIB) -lcublasLt $(if $(filter /usr/%-linux-gnu,$(CUDA_LIB)),,-Xlinker -rpath=$(CUDA_LIB)) $(LDLIBS)
 nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $< $(filter %.o,$^) -o $@ \
@@ -55,7 +57,8 @@ TESTS      = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.
 GPU_HERE   = $(or $(wildcard /dev/nvidia[0-9]*),$(GPU_ARCH))
 for_gpu    = $(if $(GPU_HERE),$(if $(CUDA),$(1),need-cuda))
 GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
-             $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu))))
+             $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu)))) \
+             $(if $(HOPPER),$(BUILD)/gpu/bf16/test_attention_portable)
 
 .PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
         gpu-tests test-gpu sanitize diff bench bench-cpu doctor readme format clean
@@ -114,6 +117,10 @@ $(BUILD)/gpu/bf16/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 
 $(BUILD)/gpu/fp32/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 	$(call nvcc,-DPRECISION_FP32)
+
+# The portable attention on a Hopper GPU.
+$(BUILD)/gpu/bf16/test_attention_portable: dev/test/gpu/test_attention.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
+	$(call nvcc,-UHOPPER)
 
 $(BUILD)/bench/bench_gpu: dev/bench/bench_gpu.cu $(CUDNN_O) $(BUILD)/flags.cuda
 	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN))
@@ -176,6 +183,7 @@ doctor:
 	@echo "OpenBLAS    $(if $(BLAS),found,not found: make bench-cpu compares with nothing; install libopenblas-dev)"
 	@echo "CUDA        $(if $(CUDA),$$($(NVCC) --version | sed -n 's/.*release \([^ ,]*\),.*/\1/p') in $(CUDA_DIR),$(CUDA_MISSING): no CUDA trainer)"
 	@$(if $(CUDA),,#)echo "GPU         $(if $(GPU_ARCH),$$(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs),none here; ARCH= names the one to build for): code for sm_$(subst $(comma), sm_,$(ARCH))"
+	@$(if $(CUDA),,#)echo "attention   $(if $(HOPPER),llmc/attention_sm90.cuh: wgmma,llmc/attention.cuh: mma.sync$(if $(findstring 90a,$(ARCH)),; ARCH=90a alone takes Hopper's))"
 	@$(FIND) cudnn          | awk '{ print "cuDNN       " $$3 " at " $$2; found = 1 } END { if (!found) print "cuDNN       not found: no USE_CUDNN=1; set CUDNN_HOME" }'
 	@$(FIND) cudnn-frontend | awk '{ print "  frontend  " $$3 " at " $$1; found = 1 } END { if (!found) print "  frontend  not found: no USE_CUDNN=1; install the wheel nvidia-cudnn-frontend or set CUDNN_FRONTEND_PATH" }'
 	@$(FIND) nccl           | awk '{ print "NCCL        " $$3 " at " $$2 ", not used yet" }'

@@ -653,7 +653,7 @@ int model_memory(DescribeMemory *rows, const Config *cfg, const Plan *plan) {
         {"optimizer, second state", (double)table.state_numel * sizeof(float)},
         {"Muon's scratch", (double)muon_layout(&muon, &table, NULL) * sizeof(float)},
         {"activations of a micro-batch",
-         (double)activations_layout(&a, cfg, plan->micro_rows, NULL)},
+         (double)activations_layout(&a, cfg, phase_largest(plan, cfg).micro_rows, NULL)},
     };
     memcpy(rows, all, sizeof all);
     table_free(&table);
@@ -661,7 +661,7 @@ int model_memory(DescribeMemory *rows, const Config *cfg, const Plan *plan) {
 }
 
 void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
-    int B = plan->micro_rows;
+    int B = phase_largest(plan, cfg).micro_rows;
     memset(m, 0, sizeof *m);
     m->cfg = *cfg;
     table_init(&m->table, cfg);
@@ -1052,6 +1052,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     StepResult s;
     memset(&s, 0, sizeof s);
     s.bad_row = -1;
+    loader_require_length(loader, phase->T);
     memset(m->grads, 0, m->table.numel * sizeof(float));
     for (int64_t micro = 0; micro < phase->micro_steps; micro++) {
         int *inputs = trace ? trace->tokens + micro * tokens : m->a.inputs;

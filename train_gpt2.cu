@@ -10,17 +10,18 @@
 // MEMORY. One allocation a kind, laid out by the table of llmc/model.h, block by block:
 //     masters, gradients, first and second optimizer states (FP32), weights (the masters in BF16)
 // and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are
-// kept for backward (x_in, h1, q, k, v, att, h2: C each; fc: 4C); relu^2 is computed again.
+// kept for backward (x_in, h1, q, k, v, att, h2: C each; relu2: 4C).
 //
-// ONE STEP. All but batches and norms is enqueued on one stream; the host waits once, at the end:
+// ONE STEP. All but the norms is enqueued on one stream; the host waits once, at the end:
 //
-//     host     load batch 1 .. M into their slots                 load the next step's first | wait
-//     stream   zero gradients | micro-step 1 .. M: forward, head, backward | check | update  |
+//     host     load the next step's batches into the slots that are free                   | wait
+//     stream   numbers, batches | micro-step 1 .. M: forward, head, backward | check | update
 //     norms                          sums of squares, a block as it becomes final ^
 //
 // What changes from step to step (rates, momentum, clip scale, skip) is one struct in device memory
-// (llmc/step.cuh), so no launch argument ever changes; the check kernel sets skip on NaN or Inf,
-// and the optimizer's kernels then do nothing.
+// (llmc/step.cuh), and a micro-step reads its batch at the same place each time. So no launch
+// argument ever changes, and the work between batches and result is captured once, as a CUDA graph,
+// and replayed. The check kernel sets skip on NaN or Inf, and the optimizer's kernels do nothing.
 //
 // The file runs: parameters, activations, model, forward, head, backward, update, a step,
 // validation and samples, save and load, main.
@@ -38,27 +39,30 @@
 #include "llmc/cuda_common.cuh"  // floatX, Gpu, gpu_init, gpu_alloc, Trace, trace_op
 #include "llmc/dataloader.h"     // Loader, loader_state
 #include "llmc/embed.cuh"        // embed_norm_forward, embed_backward
-#include "llmc/feed.cuh"         // Feed, feed_load, feed_put, feed_get
+#include "llmc/feed.cuh"         // Feed, feed_load, feed_put, feed_send, feed_get
 #include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad
 #include "llmc/model.h"          // Config, Table, table_init, table_fill
 #include "llmc/muon.cuh"         // Muon, muon_update
-#include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
 #include "llmc/residual.cuh"     // Residual, mix_norm_forward, backout_norm_forward, add_forward
 #include "llmc/rmsnorm.cuh"      // norm_backward
 #include "llmc/rotary.cuh"       // rope_init, qk_forward, qk_backward
 #include "llmc/run.h"            // run_main; what it asks of a trainer: model_init, model_step, ...
-#include "llmc/schedule.h"       // Plan, Phase
+#include "llmc/schedule.h"       // Plan, Phase, phase_at, phase_largest
 #include "llmc/smear.cuh"        // smear_forward, smear_backward
 #include "llmc/step.cuh"         // StepState, step_numbers, step_check, grad_norm_add
 #include "llmc/value_embed.cuh"  // value_embed_forward, value_embed_backward
 
 #ifdef PRECISION_FP32
 #include "llmc/attention_fp32.cuh"  // attention_forward, attention_backward
+#elif defined HOPPER
+#include "llmc/attention_sm90.cuh"  // the same for sm_90a
 #else
-#include "llmc/attention.cuh"  // attention_forward, attention_backward
+#include "llmc/attention.cuh"  // the same for sm_80 and up
 #endif
 #ifdef USE_CUDNN
 #include "llmc/cudnn_attention.h"  // cudnn_attention_forward, cudnn_attention_backward
+#undef ATTENTION_NAME
+#define ATTENTION_NAME "cuDNN"
 #endif
 
 // =============================================================================================
@@ -126,7 +130,7 @@ typedef struct {
     float *gate;      // (n, H): the value embedding's gates
     floatX *att;      // (n, C): attention's output before wo
     float *lse;       // (H, n): its log-sum-exps
-    floatX *fc;       // (n, F): h2 wfc^T
+    floatX *relu2;    // (n, F): relu(h2 wfc^T)^2
 } LayerActivations;
 
 typedef struct {
@@ -140,7 +144,7 @@ typedef struct {
     float *rf;                      // (n)
     floatX *logits;                 // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
     float *losses;                  // (n): nats of each target
-    floatX *relu2, *dfc;            // (n, F)
+    floatX *dfc;                    // (n, F)
     floatX *dx, *dx0, *dx_middle;   // (n, C): gradients of the stream, of x0, of x_middle
     floatX *datt_out;               // (n, C)
     floatX *dx_mlp;                 // (n, C): what of datt_out came through the MLP
@@ -183,14 +187,14 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
         PLACE(l->qkv, floatX, X, n * 3 * C), PLACE(l->qk_r, float, 4, n * 2 * H);
         PLACE(l->gate, float, 4, gated ? n *H : 0), PLACE(l->lse, float, 4, n *H);
         PLACE(l->att, floatX, X, n * C), PLACE(l->h2, floatX, X, n * C);
-        PLACE(l->fc, floatX, X, n * F);
+        PLACE(l->relu2, floatX, X, n * F);
     }
     a->x0 = a->layer[0].x_in;
     PLACE(a->x, floatX, X, n * C), PLACE(a->att_out, floatX, X, n * C);
     PLACE(a->mlp_out, floatX, X, n * C), PLACE(a->hf, floatX, X, n * C);
     PLACE(a->rf, float, 4, n);
     PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
-    PLACE(a->relu2, floatX, X, n * F), PLACE(a->dfc, floatX, X, n * F);
+    PLACE(a->dfc, floatX, X, n * F);
     PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
     PLACE(a->dx_middle, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
     PLACE(a->datt_out, floatX, X, n * C), PLACE(a->dx_mlp, floatX, X, n * C);
@@ -221,37 +225,43 @@ struct Model {
     floatX *weights;                 // (table.numel); in the FP32 build the masters themselves
     Views<floatX> w;
     Views<float> dw;
-    bool held[MODEL_MAX_LAYERS];  // layers' weights between get and release
+    bool held[MODEL_MAX_LAYERS + 2];  // blocks of weights between get and release
     Activations a;
     void *activations;  // the memory behind a
 #ifdef USE_CUDNN
     CudnnAttention *cudnn;
     void *cudnn_work;
+    size_t cudnn_bytes;
 #endif
-    float *cosine, *sine;  // (T, D/2) each, of rotary
     Muon muon;
-    StepState *step, *host_step;  // device, pinned
-    cudaEvent_t *block_final;     // (table.blocks): a block's gradients are final
-    cudaEvent_t norms_done;
+    StepState *host_step;                // pinned
+    void *numbers;                       // the memory behind the next four
+    StepState *step;                     // what changes from step to step
     double *norm_partial, *tensor_norm;  // (chunks), (tensors): sums of squares
-    int *first_chunk, *host_chunk;       // (tensors + 1): where each tensor's chunks begin
-    Feed feed;
-    int slots, next_slot;  // of the feed; the last is validation's, the others go round
-    int ready;             // the slot with the next step's first micro-batch, or -1
-    float *host_losses;    // (n) pinned, for validation
-    size_t max_tokens;     // n
+    int *first_chunk;                    // (tensors + 1): where each tensor's chunks begin
+    float *cosine, *sine;                // (T, D/2) each, of rotary
+    cudaEvent_t *block_final;            // (table.blocks): a block's gradients are final
+    cudaEvent_t norms_done;
+    Feed feed;              // two sets of slots, each of one for every micro-step
+    int set;                // the one for the next step
+    bool loaded;            // its micro-batches are in it
+    float *host_losses;     // (max_tokens) pinned, for validation
+    size_t max_tokens;      // n
+    Phase phase;            // of the last step
+    cudaGraphExec_t graph;  // step_work in that phase; NULL: not captured
 };
 
-// Weights of a layer, from get to release. On one GPU they are always there; held tells misuse.
-static const LayerWeights *weights_get(Model *m, int layer) {
-    assert(!m->held[layer]);
-    m->held[layer] = true;
-    return &m->w.layer[layer];
+// A block of the table's weights, from get to release: 0 is embedding and smear, 1 + i is layer i,
+// 1 + L lambdas and head. On one GPU they are always there; held tells misuse.
+static const Views<floatX> *weights_get(Model *m, int block) {
+    assert(!m->held[block]);
+    m->held[block] = true;
+    return &m->w;
 }
 
-static void weights_release(Model *m, int layer) {
-    assert(m->held[layer]);
-    m->held[layer] = false;
+static void weights_release(Model *m, int block) {
+    assert(m->held[block]);
+    m->held[block] = false;
 }
 
 // =============================================================================================
@@ -276,13 +286,20 @@ static double attention_flops(int n, int T, int C, int W, int products) {
     return 2.0 * products * n * C * keys;
 }
 
-// Attention by our own kernels; in a build with USE_CUDNN=1 whole micro-batches by cuDNN's, which
-// must plan each shape. Samples and the last rows of a validation stay with ours.
+#ifdef USE_CUDNN
+// Whether attention is cuDNN's, which must plan each shape: of whole micro-batches. Samples, the
+// last rows of a validation and smaller phases stay with ours.
+static bool by_cudnn(const Model *m, const DeviceBatch *b) {
+    return b->T == m->cfg.T && (size_t)b->n == m->max_tokens;
+}
+#endif
+
+// From l->qkv to att and lse.
 static void attend(Model *m, const DeviceBatch *b, LayerActivations *l, int W) {
     int n = b->n, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
     const floatX *q = l->qkv, *k = q + C, *v = k + C;
 #ifdef USE_CUDNN
-    if (b->T == m->cfg.T && (size_t)n == m->max_tokens) {
+    if (by_cudnn(m, b)) {
         cudnn_attention_forward(m->cudnn, l->att, l->lse, q, k, v, m->cudnn_work, n, b->T, H, D, W,
                                 C, 3 * C, m->stream);
         return;
@@ -298,32 +315,36 @@ static void attend_backward(Model *m, const DeviceBatch *b, const LayerActivatio
     const floatX *q = l->qkv, *k = q + C, *v = k + C;
     floatX *dq = a->dqkv, *dk = dq + C, *dv = dk + C;
 #ifdef USE_CUDNN
-    cudnn_attention_backward(m->cudnn, dq, dk, dv, a->dh, l->att, l->lse, q, k, v, m->cudnn_work, n,
-                             b->T, H, D, W, C, 3 * C, m->stream);
-#else
+    if (by_cudnn(m, b)) {
+        cudnn_attention_backward(m->cudnn, dq, dk, dv, a->dh, l->att, l->lse, q, k, v,
+                                 m->cudnn_work, n, b->T, H, D, W, C, 3 * C, m->stream);
+        return;
+    }
+#endif
     attention_backward(dq, dk, dv, a->delta, a->dh, l->att, l->lse, q, k, v, b->doc_start, n, H, D,
                        W, C, 3 * C, m->stream);
-#endif
 }
 
-// From tokens to the head's input a.hf.
+// From tokens to the head's input a.hf. Of the weights the caller holds the last block, with all
+// lambdas, through this and whatever it does then.
 static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
     const Config *c = &m->cfg;
-    const Views<floatX> *w = &m->w;
+    const Views<floatX> *w = weights_get(m, 0);
     Activations *a = &m->a;
     Trace *t = &m->trace;
     cudaStream_t s = m->stream;
     int n = b->n, C = c->C, H = c->H, D = c->D, F = c->F;
-    double nC = (double)sizeof(floatX) * n * C, nF = (double)sizeof(floatX) * n * F;
+    double nC = (double)sizeof(floatX) * n * C;
     const MatmulEpilogue store = {MATMUL_STORE};
 
     trace_op(t, "embed_norm", -1, 0, 2 * nC);
     embed_norm_forward(a->embed, a->embed_r, b->tokens, w->wte, n, C, s);
     trace_op(t, "smear", -1, 0, 2 * nC);
     smear_forward(a->x0, a->smear, a->embed, w->smear_gate, w->smear_lambda, b->doc_start, n, C, s);
+    weights_release(m, 0);
     Residual stream = {a->x0, NULL, NULL};
     for (int i = 0; i < c->L; i++) {
-        const LayerWeights *lw = weights_get(m, i);
+        const LayerWeights *lw = &weights_get(m, 1 + i)->layer[i];
         LayerActivations *l = &a->layer[i];
         int W = phase->window[i];
 
@@ -347,16 +368,14 @@ static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
                        store, n, C, C, s);
         trace_op(t, "norm", i, 0, 3 * nC);
         residual_norm_forward(l->h2, l->r2, {a->x, a->att_out, NULL}, n, C, s);
-        trace_op(t, "fc", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
-        matmul_forward(&m->matmul, l->fc, matmul_operand(l->h2), matmul_operand(lw->wfc), store, n,
-                       C, F, s);
-        trace_op(t, "relu2", i, 0, 2 * nF);
-        relu2_forward(a->relu2, l->fc, (size_t)n * F, s);
+        trace_op(t, "fc relu2", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
+        matmul_forward(&m->matmul, l->relu2, matmul_operand(l->h2), matmul_operand(lw->wfc),
+                       {MATMUL_RELU2}, n, C, F, s);
         trace_op(t, "proj", i, matmul_flops(n, F, C), matmul_bytes(n, F, C));
-        matmul_forward(&m->matmul, a->mlp_out, matmul_operand(a->relu2), matmul_operand(lw->wproj),
+        matmul_forward(&m->matmul, a->mlp_out, matmul_operand(l->relu2), matmul_operand(lw->wproj),
                        store, n, F, C, s);
         stream = {a->x, a->att_out, a->mlp_out};
-        weights_release(m, i);
+        weights_release(m, 1 + i);
     }
     trace_op(t, "backout_norm", -1, 0, (x_middle(a, c) ? 5 : 4) * nC);
     backout_norm_forward(a->hf, a->rf, stream, x_middle(a, c), w->backout_lambda, n, C, s);
@@ -412,7 +431,7 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     const Config *c = &m->cfg;
     Activations *a = &m->a;
     LayerActivations *l = &a->layer[i];
-    const LayerWeights *w = weights_get(m, i);
+    const LayerWeights *w = &weights_get(m, 1 + i)->layer[i];
     const LayerGradients *dw = &m->dw.layer[i];
     Matmul *mm = &m->matmul;
     Trace *t = &m->trace;
@@ -424,14 +443,13 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     double flops_3C = 3 * flops_C, bytes_3C = matmul_bytes(n, C, 3 * C);
     const MatmulEpilogue store = {MATMUL_STORE};
 
-    // mlp_out = relu2(fc) wproj^T
-    trace_op(t, "proj dgrad", i, flops_F, bytes_F);
-    matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj), store, n, F, C, s);
-    trace_op(t, "relu2 backward", i, 0, 4 * nF);
-    relu2_backward(a->dfc, a->relu2, l->fc, (size_t)n * F, s);
+    // mlp_out = relu2 wproj^T
+    trace_op(t, "proj dgrad relu2", i, flops_F, bytes_F + nF);
+    matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj),
+                 {MATMUL_RELU2_BACKWARD, l->relu2}, n, F, C, s);
     trace_op(t, "proj wgrad", i, flops_F, wgrad_bytes(n, F, C));
-    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(a->relu2), n, F, C, s);
-    // fc = h2 wfc^T, h2 = N(x + att_out)
+    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(l->relu2), n, F, C, s);
+    // relu2 = relu(h2 wfc^T)^2, h2 = N(x + att_out)
     trace_op(t, "fc wgrad", i, flops_F, wgrad_bytes(n, C, F));
     matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
@@ -469,18 +487,18 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
                       l->h1, l->r1, l->x_in, a->x0, m->w.resid_lambda + i, m->w.x0_lambda + i,
                       a->scratch, n, C, s);
     trace_end(t);
-    weights_release(m, i);
+    weights_release(m, 1 + i);
 }
 
 // The gradients of a block have their last term: their squares are summed on the side.
 static void block_is_final(Model *m, int block) {
     CUDA_CHECK(cudaEventRecord(m->block_final[block], m->stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->norms, m->block_final[block], 0));
-    for (int i = 0; i < m->table.count; i++) {
+    for (int i = 0, chunk = 0; i < m->table.count; i++) {
         const Tensor *x = &m->table.tensor[i];
         if (x->block == block)
-            grad_norm_add(m->norm_partial + m->host_chunk[i], m->grads + x->offset, tensor_numel(x),
-                          m->norms);
+            grad_norm_add(m->norm_partial + chunk, m->grads + x->offset, tensor_numel(x), m->norms);
+        chunk += grad_norm_chunks(tensor_numel(x));
     }
 }
 
@@ -506,8 +524,10 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, b
     }
     trace_op(t, "smear backward", -1, 0, 6 * nC);
     add_forward(a->dx0, a->dx, (size_t)n * C, s);  // the first layer's x_in is x0
+    const Views<floatX> *w = weights_get(m, 0);
     smear_backward(a->dx, m->dw.smear_gate, m->dw.smear_lambda, a->dx0, a->embed, a->smear,
-                   m->w.smear_gate, m->w.smear_lambda, b->doc_start, a->scratch, n, C, s);
+                   w->smear_gate, w->smear_lambda, b->doc_start, a->scratch, n, C, s);
+    weights_release(m, 0);
     trace_op(t, "embed_norm backward", -1, 0, 5 * nC + 4.0 * n * C);
     norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, s);
     embed_backward(m->dw.wte, a->dx, b->index, a->scratch, n, C, s);
@@ -518,10 +538,12 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, b
 // Forward and backward of micro-batch `micro` of the step; gradients are added to.
 static void model_accumulate(Model *m, const DeviceBatch *b, const Phase *phase, int64_t micro,
                              float *keep) {
+    weights_get(m, 1 + m->cfg.L);
     trunk_forward(m, b, phase);
     head_loss(m, b, (float)(1.0 / (double)phase->batch), keep);
     loss_reduce(m->step, m->a.losses, b->n, b->T, (int)micro * phase->micro_rows, m->stream);
     trunk_backward(m, b, phase, micro + 1 == phase->micro_steps);
+    weights_release(m, 1 + m->cfg.L);
 }
 
 // =============================================================================================
@@ -559,20 +581,62 @@ static void model_update(Model *m) {
 // =============================================================================================
 // A step.
 
-// Puts the loader's next micro-batch on its way into the next slot.
-static int fetch(Model *m, Loader *loader, const Phase *phase) {
-    int slot = m->next_slot;
-    feed_load(&m->feed, slot, loader, phase->micro_rows, phase->T);
-    m->next_slot = (slot + 1) % (m->slots - 1);
-    return slot;
+// Fills the next step's slots.
+static void fetch_batches(Model *m, Loader *loader, const Phase *phase) {
+    for (int i = 0; i < phase->micro_steps; i++)
+        feed_load(&m->feed, m->set * m->feed.places + i, loader, phase->micro_rows, phase->T);
 }
 
-// For --dump.
-static void keep_batch(const Model *m, int slot, int64_t micro, const Phase *phase,
-                       StepTrace *keep) {
-    size_t n = (size_t)phase->micro_rows * (size_t)phase->T, at = (size_t)micro * n;
-    memcpy(keep->tokens + at, m->feed.slot[slot].host.tokens, n * sizeof(int));
-    memcpy(keep->targets + at, m->feed.slot[slot].host.targets, n * sizeof(int));
+// Sends them to their places, and --dump's copies to keep.
+static void send_batches(Model *m, const Phase *phase, StepTrace *keep) {
+    size_t n = (size_t)phase->micro_rows * (size_t)phase->T;
+    for (int i = 0; i < phase->micro_steps; i++) {
+        int slot = m->set * m->feed.places + i;
+        const DeviceBatch *b = &m->feed.slot[slot].batch;
+        feed_send(&m->feed, slot, i, m->stream);
+        if (!keep) continue;
+        memcpy(keep->tokens + (size_t)i * n, b->tokens, n * sizeof(int));
+        memcpy(keep->targets + (size_t)i * n, b->targets, n * sizeof(int));
+    }
+}
+
+// All that a step does between batches and result.
+static void step_work(Model *m, const Phase *phase, StepTrace *keep) {
+    for (int i = 0; i < phase->micro_steps; i++) {
+        DeviceBatch b = feed_get(&m->feed, i, phase->micro_rows, phase->T);
+        size_t at = (size_t)i * (size_t)b.n * (size_t)m->cfg.V;
+        model_accumulate(m, &b, phase, i, keep ? keep->logits + at : NULL);
+    }
+    model_update(m);
+}
+
+// The same as a graph, which is launched in one call and leaves the GPU no gaps.
+static void step_capture(Model *m, const Phase *phase) {
+    cudaGraph_t graph;
+    CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeGlobal));
+    step_work(m, phase, NULL);
+    CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&m->graph, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+}
+
+static void step_forget(Model *m) {
+    if (m->graph) CUDA_CHECK(cudaGraphExecDestroy(m->graph));
+    m->graph = NULL;
+}
+
+// A phase's first step is done as it is, which loads kernels and plans products; so are steps whose
+// inside is looked at. The second is captured, and replayed from then on.
+static void step_run(Model *m, const Phase *phase, StepTrace *keep) {
+    bool same = !memcmp(&m->phase, phase, sizeof *phase);
+    if (!same) step_forget(m);
+    m->phase = *phase;
+    if (!same || keep || m->trace.timed) {
+        step_work(m, phase, keep);
+        return;
+    }
+    if (!m->graph) step_capture(m, phase);
+    CUDA_CHECK(cudaGraphLaunch(m->graph, m->stream));
 }
 
 // The tensor whose gradient was the first not to be finite, NULL: all are. Copies them all to the
@@ -595,8 +659,7 @@ static StepResult step_result(const Model *m, const Phase *phase, int first) {
     r.bad_row = done->bad_row == INT_MAX ? -1 : done->bad_row;
     if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m);
     int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
-    int slot = (first + row / phase->micro_rows) % (m->slots - 1);
-    r.origin = m->feed.slot[slot].origin[row % phase->micro_rows];
+    r.origin = m->feed.slot[first + row / phase->micro_rows].origin[row % phase->micro_rows];
     return r;
 }
 
@@ -606,18 +669,17 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
     CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->table.numel * sizeof(float), s));
-    int first = m->ready >= 0 ? m->ready : fetch(m, loader, phase), slot = first;
-    for (int64_t micro = 0; micro < phase->micro_steps; micro++) {
-        DeviceBatch b = feed_get(&m->feed, slot, s);
-        size_t at = (size_t)micro * (size_t)b.n * (size_t)m->cfg.V;
-        if (keep) keep_batch(m, slot, micro, phase, keep);
-        model_accumulate(m, &b, phase, micro, keep ? keep->logits + at : NULL);
-        if (micro + 1 < phase->micro_steps) slot = fetch(m, loader, phase);
-    }
-    model_update(m);
+    if (!m->loaded) fetch_batches(m, loader, phase);
+    send_batches(m, phase, keep);
+    step_run(m, phase, keep);
     CUDA_CHECK(cudaMemcpyAsync(m->host_step, m->step, sizeof *m->step, cudaMemcpyDeviceToHost, s));
     LoaderState at = loader_state(loader);
-    m->ready = !keep && step + 1 < plan->steps ? fetch(m, loader, phase) : -1;
+    int first = m->set * m->feed.places;
+    m->set = 1 - m->set, m->loaded = !keep && step + 1 < plan->steps;
+    if (m->loaded) {
+        Phase next = phase_at(plan, &m->cfg, step + 1);
+        fetch_batches(m, loader, &next);
+    }
     CUDA_CHECK(cudaStreamSynchronize(s));
     StepResult result = step_result(m, phase, first);
     result.at = at;
@@ -630,12 +692,20 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
 // =============================================================================================
 // Validation and samples.
 
+// Given rows in the GPU's first place. Between steps it is free, as are the slots of the last one.
+static DeviceBatch send_rows(Model *m, const int *inputs, const int *targets, int rows, int T) {
+    int slot = (1 - m->set) * m->feed.places;
+    feed_put(&m->feed, slot, inputs, targets, rows, T);
+    return feed_send(&m->feed, slot, 0, m->stream);
+}
+
 void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
                   const Phase *phase, double *losses) {
-    feed_put(&m->feed, m->slots - 1, inputs, targets, rows, T);
-    DeviceBatch b = feed_get(&m->feed, m->slots - 1, m->stream);
+    DeviceBatch b = send_rows(m, inputs, targets, rows, T);
+    weights_get(m, 1 + m->cfg.L);
     trunk_forward(m, &b, phase);
     head_loss(m, &b, 0, NULL);
+    weights_release(m, 1 + m->cfg.L);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->a.losses, (size_t)b.n * sizeof(float),
                                cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
@@ -650,12 +720,13 @@ void model_logits(Model *m, const int *tokens, int count, const Phase *phase, fl
     int *row = (int *)die_alloc((size_t)T, sizeof *row, "a sample's row");
     floatX *raw = (floatX *)die_alloc((size_t)c->Vp, sizeof *raw, "a sample's logits");
     for (int t = 0; t < T; t++) row[t] = t < count ? tokens[t] : c->bos;
-    feed_put(&m->feed, m->slots - 1, row, NULL, 1, T);
-    DeviceBatch b = feed_get(&m->feed, m->slots - 1, m->stream);
+    DeviceBatch b = send_rows(m, row, NULL, 1, T);
+    weights_get(m, 1 + c->L);
     trunk_forward(m, &b, phase);
     const MatmulEpilogue store = {MATMUL_STORE};
     matmul_forward(&m->matmul, m->a.logits, matmul_operand(m->a.hf + (size_t)(count - 1) * c->C),
                    matmul_operand(m->w.lm_head), store, 1, c->C, c->Vp, m->stream);
+    weights_release(m, 1 + c->L);
     CUDA_CHECK(cudaMemcpyAsync(raw, m->a.logits, (size_t)c->Vp * sizeof *raw,
                                cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
@@ -673,7 +744,23 @@ int model_micro_tokens(const Config *c) {
     return most < 131072 ? (int)most : 131072;
 }
 
-static void model_require(const Config *c) {
+// Attention has a block along y for each 64 tokens, and a grid 65535 of them.
+enum { MOST_TOKENS = 65535 * 64 };
+
+// Exits 2 on flags that no GPU can do. Kernels count heads of tokens, or 128 channels of them, in
+// ints, and the step that they take behind the last one.
+static void model_require(const Config *c, const Plan *plan) {
+    Phase most = phase_largest(plan, c);
+    int64_t tokens = (int64_t)most.micro_rows * most.T;
+    int counted = max(c->H, c->C / 128 + 1), limit = min((int)MOST_TOKENS, INT_MAX / 2 / counted);
+    if (tokens > limit)
+        die(EXIT_USAGE,
+            "--micro-batch %d: found %lld tokens at once in rows of --seq-len %d, expected at most "
+            "%d; lower it, or --seq-len",
+            most.micro_rows, (long long)tokens, most.T, limit);
+    if (most.batch / most.T > INT_MAX / 2)
+        die(EXIT_USAGE, "--batch-tokens %lld: found %lld rows of --seq-len %d, expected at most %d",
+            (long long)most.batch, (long long)(most.batch / most.T), most.T, INT_MAX / 2);
     if (sizeof(floatX) == 2 && c->D != 64 && c->D != 128)
         die(EXIT_USAGE,
             "--channels %d, --heads %d: found heads of %d, expected 64 or 128 (the BF16 build's "
@@ -697,43 +784,42 @@ static void upload(void *device, const void *host, size_t bytes) {
     CUDA_CHECK(cudaStreamSynchronize(0));
 }
 
-static void *pinned(size_t bytes, const char *what) {
-    void *p = NULL;
-    if (cudaHostAlloc(&p, bytes, cudaHostAllocDefault) != cudaSuccess)
-        die(EXIT_DEVICE, "pinned memory for %s: needed %zu bytes, found too little", what, bytes);
-    return p;
-}
-
 #ifdef USE_CUDNN
 enum { CUDNN_DETERMINISTIC = 1 << 30 };  // bytes that cuDNN may take to be deterministic
 
-// Plans attention for every window, and takes the memory that it works in.
+// Plans attention for every window; tells the memory that it works in.
 static void cudnn_init(Model *m, const Phase *phase) {
     const Config *c = &m->cfg;
     int n = phase->micro_rows * phase->T;
-    size_t bytes = 0;
     m->cudnn = cudnn_attention_init(CUDNN_DETERMINISTIC);
     for (int i = 0; i < c->L; i++)
-        bytes = largest(bytes, cudnn_attention_bytes(m->cudnn, n, phase->T, c->H, c->D,
-                                                     phase->window[i], c->C, 3 * c->C));
-    m->cudnn_work = gpu_alloc(&m->gpu, bytes, "cuDNN's attention");
+        m->cudnn_bytes = cudnn_attention_bytes(m->cudnn, n, phase->T, c->H, c->D, phase->window[i],
+                                               c->C, 3 * c->C);
 }
 #endif
 
-// Gives the norms of the gradients their places: each tensor's chunks, one behind the other.
+// Lays out the small things from `memory` on; returns their bytes. NULL: only counts.
+static size_t numbers_layout(Model *m, char *memory) {
+    size_t at = 0, tensors = (size_t)m->table.count;
+    size_t chunks = m->table.numel / NORM_CHUNK + tensors;  // at most: each tensor's last is short
+    size_t angles = (size_t)m->cfg.T * (size_t)(m->cfg.D / 2) * sizeof(float);
+    m->step = (StepState *)place(memory, &at, sizeof *m->step);
+    m->norm_partial = (double *)place(memory, &at, chunks * sizeof(double));
+    m->tensor_norm = (double *)place(memory, &at, tensors * sizeof(double));
+    m->first_chunk = (int *)place(memory, &at, (tensors + 1) * sizeof(int));
+    m->cosine = (float *)place(memory, &at, angles);
+    m->sine = (float *)place(memory, &at, angles);
+    return at;
+}
+
+// Tells the GPU where each tensor's chunks of sums of squares begin: one behind the other.
 static void norms_init(Model *m) {
-    int count = m->table.count, chunks = 0;
-    m->host_chunk = (int *)die_alloc((size_t)count + 1, sizeof(int), "chunks of gradients");
-    for (int i = 0; i < count; i++) {
-        m->host_chunk[i] = chunks;
-        chunks += grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
-    }
-    m->host_chunk[count] = chunks;
-    const char *what = "the norms of the gradients";
-    m->first_chunk = (int *)gpu_alloc(&m->gpu, ((size_t)count + 1) * sizeof(int), what);
-    m->norm_partial = (double *)gpu_alloc(&m->gpu, (size_t)chunks * sizeof(double), what);
-    m->tensor_norm = (double *)gpu_alloc(&m->gpu, (size_t)count * sizeof(double), what);
-    upload(m->first_chunk, m->host_chunk, ((size_t)count + 1) * sizeof(int));
+    int count = m->table.count;
+    int *first = (int *)die_alloc((size_t)count + 1, sizeof *first, "chunks of gradients");
+    for (int i = 0; i < count; i++)
+        first[i + 1] = first[i] + grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
+    upload(m->first_chunk, first, ((size_t)count + 1) * sizeof *first);
+    free(first);
     m->block_final =
         (cudaEvent_t *)die_alloc((size_t)m->table.blocks, sizeof(cudaEvent_t), "events");
     for (int i = 0; i < m->table.blocks; i++)
@@ -747,22 +833,77 @@ static void rotary_init(Model *m) {
     float *cosine = (float *)die_alloc(1, bytes, "rotary angles");
     float *sine = (float *)die_alloc(1, bytes, "rotary angles");
     rope_init(cosine, sine, T, D);
-    m->cosine = (float *)gpu_alloc(&m->gpu, bytes, "rotary angles");
-    m->sine = (float *)gpu_alloc(&m->gpu, bytes, "rotary angles");
     upload(m->cosine, cosine, bytes), upload(m->sine, sine, bytes);
     free(cosine), free(sine);
 }
 
+// Device memory by kind, of a model whose cfg and table are set. The one list of it.
+static int memory_rows(DescribeMemory *rows, Model *m, const Phase *most) {
+    Activations a;
+    int n = most->micro_rows * most->T;
+    double arena = (double)m->table.numel * sizeof(float);
+    DescribeMemory list[] = {
+        {sizeof(floatX) == 2 ? "masters, and weights in BF16" : "parameters",
+         sizeof(floatX) == 2 ? 1.5 * arena : arena},
+        {"gradients", arena},
+        {"optimizer, first state", arena},
+        {"optimizer, second state", (double)m->table.state_numel * sizeof(float)},
+        {"Muon's scratch", (double)muon_bytes(&m->table, MUON_SCRATCH)},
+        {"activations of a micro-batch", (double)activations_layout(&a, &m->cfg, n, NULL)},
+        {"batches of a step", (double)feed_batch_bytes(n) * (double)most->micro_steps},
+        {"workspace of matrix products", (double)MATMUL_WORKSPACE},
+        {"norms, rotary angles", (double)numbers_layout(m, NULL)},
+#ifdef USE_CUDNN
+        {"cuDNN's attention (its own plan)", (double)m->cudnn_bytes},
+#endif
+    };
+    memcpy(rows, list, sizeof list);
+    return sizeof list / sizeof *list;
+}
+
+int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
+    Phase most = phase_largest(plan, c);
+    Model *m = (Model *)die_alloc(1, sizeof *m, "a model");
+    model_require(c, plan);
+    m->cfg = *c;
+    table_init(&m->table, c);
+#ifdef USE_CUDNN
+    m->cudnn_bytes = CUDNN_DETERMINISTIC;  // about: without a GPU there is no plan
+#endif
+    int count = memory_rows(rows, m, &most);
+    table_free(&m->table);
+    free(m);
+    return count;
+}
+
+// Exits 7, before any of it is taken, when the GPU has not all the memory that the run needs.
+static void require_memory(Model *m, const Phase *most) {
+    DescribeMemory rows[MODEL_MEMORY_ROWS];
+    size_t left = 0, all = 0;
+    double needed = 0;
+    for (int i = memory_rows(rows, m, most) - 1; i >= 0; i--) needed += rows[i].bytes;
+    CUDA_CHECK(cudaMemGetInfo(&left, &all));
+    if (needed > (double)left)
+        die(EXIT_DEVICE,
+            "GPU memory: needed %.2f GB in all, found %.2f GB free of %.2f GB; lower --micro-batch "
+            "(now %d rows), or --depth (--dry-run 1 lists what takes how much)",
+            1e-9 * needed, 1e-9 * (double)left, 1e-9 * (double)all, most->micro_rows);
+}
+
 void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
-    Phase phase = phase_at(plan, cfg, 0);
+    Phase most = phase_largest(plan, cfg);
     memset(m, 0, sizeof *m);
     m->cfg = *cfg;
-    model_require(cfg);
+    model_require(cfg, plan);
     gpu_init(&m->gpu);
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->norms, cudaStreamNonBlocking));
     m->trace.stream = m->stream;
     table_init(&m->table, cfg);
+#ifdef USE_CUDNN
+    cudnn_init(m, &most);
+#endif
+    require_memory(m, &most);
     matmul_init(&m->matmul, &m->gpu);
 
     size_t arena = m->table.numel * sizeof(float), second = m->table.state_numel * sizeof(float);
@@ -779,22 +920,22 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
     m->w = views_of(&m->table, cfg, m->weights, m->masters);
     m->dw = views_of(&m->table, cfg, m->grads, m->grads);
     muon_init(&m->muon, &m->gpu, &m->table, MUON_SCRATCH);
-    m->step = (StepState *)gpu_alloc(&m->gpu, sizeof *m->step, "the step's numbers");
-    m->host_step = (StepState *)pinned(sizeof *m->step, "the step's numbers");
+    m->numbers = gpu_alloc(&m->gpu, numbers_layout(m, NULL), "norms and rotary angles");
+    numbers_layout(m, (char *)m->numbers);
     norms_init(m);
     rotary_init(m);
 
-    int rows = phase.micro_rows;
-    m->max_tokens = (size_t)rows * (size_t)phase.T;
-    size_t bytes = activations_layout(&m->a, cfg, (int)m->max_tokens, NULL);
-    m->activations = gpu_alloc(&m->gpu, bytes, "the activations");
-    activations_layout(&m->a, cfg, (int)m->max_tokens, (char *)m->activations);
+    int tokens = most.micro_rows * most.T, places = (int)most.micro_steps;
+    m->max_tokens = (size_t)tokens;
+    m->activations =
+        gpu_alloc(&m->gpu, activations_layout(&m->a, cfg, tokens, NULL), "the activations");
+    activations_layout(&m->a, cfg, tokens, (char *)m->activations);
 #ifdef USE_CUDNN
-    cudnn_init(m, &phase);
+    m->cudnn_work = gpu_alloc(&m->gpu, m->cudnn_bytes, "cuDNN's attention");
 #endif
-    m->slots = (int)phase.micro_steps + 2, m->ready = -1;
-    feed_init(&m->feed, &m->gpu, cfg, rows, phase.T, m->slots);
-    m->host_losses = (float *)pinned(m->max_tokens * sizeof(float), "validation's losses");
+    feed_init(&m->feed, &m->gpu, cfg, tokens, most.micro_rows, 2 * places, places);
+    m->host_step = (StepState *)gpu_alloc_host(sizeof *m->step, "the step's numbers");
+    m->host_losses = (float *)gpu_alloc_host(m->max_tokens * sizeof(float), "validation's losses");
 
     ModelState state = {(float *)die_alloc(m->table.numel, sizeof(float), "the parameters"), NULL,
                         NULL};
@@ -804,11 +945,9 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
 }
 
 void model_free(Model *m) {
-    void *device[] = {
-        m->masters,      m->grads,       m->first,
-        m->second,       m->step,        m->cosine,
-        m->norm_partial, m->tensor_norm, m->first_chunk,
-        m->activations,  m->sine,        sizeof(floatX) == sizeof(float) ? NULL : m->weights};
+    step_forget(m);
+    void *device[] = {m->masters,     m->grads,   m->first,          m->second,
+                      m->activations, m->numbers, working_copy(m, 0)};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++) CUDA_CHECK(cudaFree(device[i]));
     for (int i = 0; i < m->table.blocks; i++) CUDA_CHECK(cudaEventDestroy(m->block_final[i]));
     CUDA_CHECK(cudaEventDestroy(m->norms_done));
@@ -823,31 +962,8 @@ void model_free(Model *m) {
     matmul_free(&m->matmul);
     CUDA_CHECK(cudaStreamDestroy(m->stream));
     CUDA_CHECK(cudaStreamDestroy(m->norms));
-    free(m->block_final), free(m->host_chunk);
+    free(m->block_final);
     table_free(&m->table);
-}
-
-int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
-    Phase phase = phase_at(plan, c, 0);
-    Table table;
-    Activations a;
-    model_require(c);
-    table_init(&table, c);
-    double arena = (double)table.numel * sizeof(float);
-    DescribeMemory list[] = {
-        {sizeof(floatX) == 2 ? "masters, and weights in BF16" : "parameters",
-         sizeof(floatX) == 2 ? 1.5 * arena : arena},
-        {"gradients", arena},
-        {"optimizer, first state", arena},
-        {"optimizer, second state", (double)table.state_numel * sizeof(float)},
-        {"Muon's scratch", (double)muon_bytes(&table, MUON_SCRATCH)},
-        {"activations of a micro-batch",
-         (double)activations_layout(&a, c, phase.micro_rows * phase.T, NULL)},
-    };
-    int count = sizeof list / sizeof *list;
-    memcpy(rows, list, sizeof list);
-    table_free(&table);
-    return count;
 }
 
 // Peak of the tensor cores, dense BF16, by the vendor's datasheets; 0: not known, no MFU.
@@ -860,8 +976,8 @@ static double peak_flops(const Gpu *g) {
 ModelFacts model_facts(const Model *m) {
     size_t left = 0, all = 0;
     CUDA_CHECK(cudaMemGetInfo(&left, &all));
-    ModelFacts facts = {"train_gpt2cu (" PRECISION_NAME ")", m->gpu.name, peak_flops(&m->gpu),
-                        all - left};
+    ModelFacts facts = {"train_gpt2cu (" PRECISION_NAME ", attention " ATTENTION_NAME ")",
+                        m->gpu.name, peak_flops(&m->gpu), all - left};
     return facts;
 }
 

@@ -1,6 +1,6 @@
 // attention.cuh: attention_call.cuh's attention, flash forward and backward, on BF16 tensor cores
-// (mma.sync: sm_80 and up). For the BF16 build; attention_fp32.cuh is the plain one. D is 64 or
-// 128, ld and ldo are multiples of 8.
+// (mma.sync: sm_80 and up). For the BF16 build; attention_sm90.cuh takes its place where all is for
+// Hopper, attention_fp32.cuh is the plain one. D is 64 or 128, ld and ldo are multiples of 8.
 //
 // FLASH ATTENTION (Dao et al. 2022). A block of threads holds a tile of queries and walks over the
 // keys a tile at a time; a tile of s lives in registers, only as long as it is needed. But p needs
@@ -41,11 +41,13 @@
 #ifndef LLMC_ATTENTION_CUH
 #define LLMC_ATTENTION_CUH
 
-#include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
+#include "llmc/attention_call.cuh"  // Attention, at_head, first_key, last_query
 #include "llmc/ptx.cuh"             // ldmatrix, ldmatrix_trans, mma, cp_async_16, exp2_fast
-#include "llmc/vec.cuh"             // vec_load
+#include "llmc/vec.cuh"             // vec_load, pack
 
 static_assert(sizeof(floatX) == sizeof(bf16), "the FP32 build has attention_fp32.cuh");
+
+#define ATTENTION_NAME "mma.sync"
 
 constexpr int ATTENTION_THREADS = 128;
 constexpr int WARP_ROWS = 32;  // of the result, per warp
@@ -53,11 +55,6 @@ constexpr int WARP_ROWS = 32;  // of the result, per warp
 constexpr int FORWARD_QUERIES = 128, FORWARD_KEYS = 64;
 constexpr int DQ_QUERIES = 128, DQ_KEYS = 32;
 constexpr int DKV_KEYS = 64, DKV_QUERIES = 32;
-
-__device__ __forceinline__ int lane_id(void) { return (int)(threadIdx.x % WARP); }
-__device__ __forceinline__ int warp_id(void) {  // the compiler must see that lanes have the same
-    return __shfl_sync(FULL_WARP, (int)(threadIdx.x / WARP), 0);
-}
 
 // ---------------------------------------------------------------------------------------------
 // Tiles in shared memory. A tile is bf16[rows * D], at a multiple of 256 bytes.
@@ -136,12 +133,6 @@ __device__ __forceinline__ void multiply_add(float (&y)[2][D / 8][4], const unsi
             mma(y[m][2 * c + 1], p[m], right[2], right[3]);
         }
     }
-}
-
-// Two floats, rounded, in a register; the first in the low half.
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<unsigned &>(two);
 }
 
 // Columns 16 k .. of a product as the left operand of the next: rounded to BF16 (ptx.cuh).
@@ -450,19 +441,6 @@ template <int D> struct DkvShared {
     uint4 passed[2][DKV_PAIRS][DKV_QUERIES / 16][2][WARP];  // p of two tiles, from warp to warp
     QueryStage<D> stage[DKV_STAGES];
 };
-
-// The last query that sees key k: the last i from k on with first_i <= k. The warp tries 32 places
-// between one that does and one that does not, until they are neighbours.
-__device__ __forceinline__ int last_query(const Attention &a, int k) {
-    int yes = k, no = min(a.n, k + a.W + 1), lane = lane_id();
-    while (no - yes > 1) {
-        int step = (no - yes + WARP - 1) / WARP, i = yes + (lane + 1) * step;
-        bool sees = i < no && a.doc_start[i] <= k;
-        yes += step * __popc(__ballot_sync(FULL_WARP, sees));
-        no = min(no, yes + step);
-    }
-    return yes;
-}
 
 // What queries i0 .. i0 + 31, whose documents begin at start[..], see of the warp's keys w0 ..
 // w0 + 31. Queries from n on see nothing.

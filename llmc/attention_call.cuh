@@ -1,6 +1,7 @@
 // attention_call.cuh: causal attention with windows and documents: what it computes, the arguments
 // of a call, and the two functions the trainer calls. The kernels are those of the file that
-// includes this one: attention.cuh (BF16, on tensor cores) or attention_fp32.cuh (plain).
+// includes this one: attention.cuh (BF16, on tensor cores), attention_sm90.cuh (the same for Hopper)
+// or attention_fp32.cuh (plain). It names them: ATTENTION_NAME.
 //
 //     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
 //     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)              j: the keys i sees
@@ -52,6 +53,19 @@ __device__ __forceinline__ void at_head(Attention &a, int head) {
 // The first key that query i sees. Never falls as i rises.
 __device__ __forceinline__ int first_key(const Attention &a, int i) {
     return max(a.doc_start[i], i - a.W);
+}
+
+// The last query that sees key k: the last i from k on with first_i <= k. The warp tries 32 places
+// between one that does and one that does not, until they are neighbours.
+__device__ __forceinline__ int last_query(const Attention &a, int k) {
+    int yes = k, no = min(a.n, k + a.W + 1), lane = lane_id();
+    while (no - yes > 1) {
+        int step = (no - yes + WARP - 1) / WARP, i = yes + (lane + 1) * step;
+        bool sees = i < no && a.doc_start[i] <= k;
+        yes += step * __popc(__ballot_sync(FULL_WARP, sees));
+        no = min(no, yes + step);
+    }
+    return yes;
 }
 
 static inline Attention attention_of(const floatX *q, const floatX *k, const floatX *v,

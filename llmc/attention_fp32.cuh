@@ -9,6 +9,8 @@
 
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
 
+#define ATTENTION_NAME "plain"
+
 constexpr int ATTENTION_WARPS = 8;  // rows a block does, neighbours of one head
 constexpr int ATTENTION_MAX_D = 256;
 

@@ -15,6 +15,7 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "llmc/die.h"  // die, EXIT_DEVICE, EXIT_INTERNAL
 
@@ -37,11 +38,6 @@ constexpr float LOG2_E =
 
 static inline void cuda_check(cudaError_t e, const char *file, int line, const char *call) {
     if (e == cudaSuccess) return;
-    if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorUnsupportedPtxVersion)
-        die(EXIT_DEVICE,
-            "this program holds no code for this GPU (%s); build it here, or with "
-            "make ARCH=<compute capability, as 80, 89, 90a, 100>",
-            cudaGetErrorString(e));
     die(e == cudaErrorMemoryAllocation ? EXIT_DEVICE : EXIT_INTERNAL, "%s:%d: %s: %s", file, line,
         call, cudaGetErrorString(e));
 }
@@ -61,7 +57,34 @@ typedef struct {
     size_t taken;      // bytes taken by gpu_alloc
 } Gpu;
 
-// Opens GPU 0 of those visible. Exits 7, saying why, when there is none or its driver is too old.
+// Of no use but to be asked for: this program holds code for the GPU, or it does not.
+[[maybe_unused]] static __global__ void gpu_code_kernel(void) {}
+
+// Makes the context and asks for code. Exits 7 when another process holds the GPU, or the program
+// was built for other architectures.
+static inline void gpu_open(const Gpu *g) {
+    const int built_for[] = {__CUDA_ARCH_LIST__};
+    char list[100] = "";
+    cudaFuncAttributes code;
+    cudaError_t e = cudaSetDevice(0);
+    if (e == cudaSuccess) e = cudaFree(NULL);  // before CUDA 12 only this makes a context
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&code, gpu_code_kernel);
+    if (e == cudaSuccess) return;
+    if (e != cudaErrorNoKernelImageForDevice && e != cudaErrorInvalidDeviceFunction)
+        die(EXIT_DEVICE,
+            "%s: cannot be opened (%s); nvidia-smi tells which processes use it, and whether its "
+            "compute mode lets one alone do so",
+            g->name, cudaGetErrorString(e));
+    for (int arch : built_for)
+        snprintf(list + strlen(list), sizeof list - strlen(list), " %d", arch / 10);
+    die(EXIT_DEVICE,
+        "%s: found a GPU of architecture %d%d, expected one that this program was built for:%s; "
+        "build it with make ARCH=%d%d%s",
+        g->name, g->major, g->minor, list, g->major, g->minor, g->major == 9 ? "a" : "");
+}
+
+// Opens GPU 0 of those visible. Exits 7, saying why, when there is none, its driver is too old, it
+// is another process's alone, or the program holds no code for it.
 static inline void gpu_init(Gpu *g) {
     int count = 0, driver = 0, runtime = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
@@ -77,20 +100,21 @@ static inline void gpu_init(Gpu *g) {
             "train_gpt2 trains on the CPU",
             e == cudaSuccess ? "no device is visible" : cudaGetErrorString(e));
     cudaDeviceProp p;
-    CUDA_CHECK(cudaSetDevice(0));
     CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
     snprintf(g->name, sizeof g->name, "%s", p.name);
     g->processors = p.multiProcessorCount;
     g->major = p.major, g->minor = p.minor;
     g->memory = p.totalGlobalMem;
     g->taken = 0;
+    gpu_open(g);
 }
 
 // Device memory; `what` and what to lower stand in the message when there is too little (exit 7).
 static inline void *gpu_alloc(Gpu *g, size_t bytes, const char *what) {
     void *p = NULL;
-    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
-        size_t left = 0, all = 0;
+    size_t left = 0, all = 0;
+    cudaError_t e = cudaMalloc(&p, bytes ? bytes : 1);
+    if (e == cudaErrorMemoryAllocation) {
         cudaMemGetInfo(&left, &all);
         die(EXIT_DEVICE,
             "GPU memory for %s: needed %.2f GB, found %.2f GB free of %.2f GB (%.2f GB are this "
@@ -98,15 +122,34 @@ static inline void *gpu_alloc(Gpu *g, size_t bytes, const char *what) {
             what, 1e-9 * (double)bytes, 1e-9 * (double)left, 1e-9 * (double)all,
             1e-9 * (double)g->taken);
     }
+    CUDA_CHECK(e);
     g->taken += bytes;
     return p;
 }
 
+// Host memory that the GPU copies from and to while the host goes on; cudaFreeHost releases it.
+static inline void *gpu_alloc_host(size_t bytes, const char *what) {
+    void *p = NULL;
+    cudaError_t e = cudaHostAlloc(&p, bytes, cudaHostAllocDefault);
+    if (e == cudaErrorMemoryAllocation)
+        die(EXIT_DEVICE,
+            "pinned memory for %s: needed %.2f GB, found less; lower --batch-tokens, or give the "
+            "program more memory",
+            what, 1e-9 * (double)bytes);
+    CUDA_CHECK(e);
+    return p;
+}
+
 // ---------------------------------------------------------------------------------------------
-// Sums.
+// Warps and sums.
 
 template <class Int> __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
     return (a + b - 1) / b;
+}
+
+__device__ __forceinline__ int lane_id(void) { return (int)(threadIdx.x % WARP); }
+__device__ __forceinline__ int warp_id(void) {  // the compiler must see that lanes have the same
+    return __shfl_sync(FULL_WARP, (int)(threadIdx.x / WARP), 0);
 }
 
 // Sum over the lanes of a warp, in every lane.

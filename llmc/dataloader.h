@@ -27,8 +27,9 @@
 #define LOADER_AHEAD 4  // calls of loader_next to plan ahead
 
 typedef struct {
-    uint64_t seed, epoch;
-    uint64_t row;          // rows of the epoch that all ranks together have consumed
+    uint64_t seed;
+    uint64_t epoch;        // of the last row (Row.epoch)
+    uint64_t row;          // rows that all ranks together have consumed since the start of the run
     uint64_t fingerprint;  // of the shards and the way of packing
 } LoaderState;
 
@@ -284,6 +285,15 @@ static inline LoaderOrigin loader_find_origin(const Loader *l, const Row *row) {
     LoaderOrigin origin = {l->rows.shards.shard[first->shard].file.path, first->start, row->epoch,
                            row->number};
     return origin;
+}
+
+// A plan whose rows are not of the loader's one length ends here.
+static inline void loader_require_length(const Loader *l, int T) {
+    if (T != l->rows.config.T)
+        die(EXIT_USAGE,
+            "a phase of the plan: found rows of %d tokens, expected %d, --seq-len, throughout: the "
+            "loader's rows keep one length",
+            T, l->rows.config.T);
 }
 
 // Hands out this rank's B of the next ranks*B rows.

@@ -1,16 +1,17 @@
 // feed.cuh: micro-batches on their way to the GPU.
 //
-// A slot is one micro-batch, n = rows T tokens, in pinned host memory and again in device memory:
+// A micro-batch is n = rows T tokens in one piece of memory:
 //
 //     tokens (n)  |  targets (n)  |  doc_start (n)  |  index (llmc/embed_index.h)
 //
-// feed_load fills the host's half from the loader and sends as much of it as there is, in one copy
-// on the feed's own stream; feed_get makes the stream that computes wait for that copy, and not the
-// host. Half a millisecond of one core for 131,072 tokens, beside which the GPU computes.
+// feed_load fills a slot, in pinned host memory, from the loader: half a millisecond of a core for
+// 131,072 tokens, beside which the GPU computes. feed_send copies as much of it as there is, 2 to 4
+// MB of those, to a place in device memory, on the stream that computes.
 //
-// A slot may be filled again when the work that reads it and its own copy are done: the caller sees
-// to that. The trainer has a slot for each micro-step and one for the next step's first, and waits
-// for the GPU once a step.
+// Slots and places are apart. A step reads the same places each time, so that nothing in it changes
+// from step to step and a CUDA graph of it stays good; the next step's slots are filled meanwhile.
+// A slot may be filled again when its copy is done: the caller sees to that. The trainer has two
+// sets of slots, one in flight and one being filled, and waits for the GPU once a step.
 #ifndef LLMC_FEED_CUH
 #define LLMC_FEED_CUH
 
@@ -31,25 +32,25 @@ typedef struct {
 } DeviceBatch;
 
 typedef struct {
-    char *host_memory, *device_memory;
-    DeviceBatch host, device;
+    char *memory;
+    DeviceBatch batch;     // in host memory
+    size_t bytes;          // of it in use
     LoaderOrigin *origin;  // (max_rows): where each row came from (feed_load)
-    cudaEvent_t sent;
 } FeedSlot;
 
 typedef struct {
-    int slots, max_rows, max_T;
+    int max_tokens, max_rows, slots, places;
     FeedSlot *slot;  // (slots)
     char *host_memory, *device_memory;
     LoaderOrigin *origin;
     int V, bos;
     bool doc_mask;
     int *counts;  // (V) scratch of the index
-    cudaStream_t stream;
 } Feed;
 
 static inline size_t feed_array_bytes(int n) { return ((size_t)n * sizeof(int) + 15) / 16 * 16; }
-static inline size_t feed_slot_bytes(int n) {
+// What a slot takes, and a place.
+static inline size_t feed_batch_bytes(int n) {
     return 3 * feed_array_bytes(n) + (embed_index_bytes(n) + 15) / 16 * 16;
 }
 
@@ -65,31 +66,23 @@ static inline DeviceBatch feed_batch_at(char *memory, int rows, int T) {
     return b;
 }
 
-// Takes memory for `slots` micro-batches of at most max_rows rows of max_T tokens each.
-static inline void feed_init(Feed *f, Gpu *gpu, const Config *c, int max_rows, int max_T,
-                             int slots) {
-    size_t bytes = feed_slot_bytes(max_rows * max_T), all = bytes * (size_t)slots;
-    f->slots = slots, f->max_rows = max_rows, f->max_T = max_T;
+// Takes memory for micro-batches of at most max_tokens, of which feed_load's have max_rows at most.
+static inline void feed_init(Feed *f, Gpu *gpu, const Config *c, int max_tokens, int max_rows,
+                             int slots, int places) {
+    size_t bytes = feed_batch_bytes(max_tokens), rows = (size_t)max_rows;
+    f->max_tokens = max_tokens, f->max_rows = max_rows, f->slots = slots, f->places = places;
     f->V = c->V, f->bos = c->bos, f->doc_mask = c->doc_mask;
-    f->device_memory = (char *)gpu_alloc(gpu, all, "the batches");
-    CUDA_CHECK(cudaHostAlloc((void **)&f->host_memory, all, cudaHostAllocDefault));
-    CUDA_CHECK(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking));
+    f->device_memory = (char *)gpu_alloc(gpu, bytes * (size_t)places, "the batches");
+    f->host_memory = (char *)gpu_alloc_host(bytes * (size_t)slots, "the batches");
     f->counts = (int *)die_alloc((size_t)f->V, sizeof *f->counts, "the tokens of a batch");
-    f->origin = (LoaderOrigin *)die_alloc((size_t)slots * (size_t)max_rows, sizeof *f->origin,
-                                          "where rows came from");
+    f->origin =
+        (LoaderOrigin *)die_alloc((size_t)slots * rows, sizeof *f->origin, "where rows came from");
     f->slot = (FeedSlot *)die_alloc((size_t)slots, sizeof *f->slot, "the batches");
-    for (int i = 0; i < slots; i++) {
-        FeedSlot *s = &f->slot[i];
-        s->host_memory = f->host_memory + bytes * (size_t)i;
-        s->device_memory = f->device_memory + bytes * (size_t)i;
-        s->origin = f->origin + (size_t)i * (size_t)max_rows;
-        CUDA_CHECK(cudaEventCreateWithFlags(&s->sent, cudaEventDisableTiming));
-    }
+    for (size_t i = 0; i < (size_t)slots; i++)
+        f->slot[i].memory = f->host_memory + bytes * i, f->slot[i].origin = f->origin + rows * i;
 }
 
 static inline void feed_free(Feed *f) {
-    for (int i = 0; i < f->slots; i++) CUDA_CHECK(cudaEventDestroy(f->slot[i].sent));
-    CUDA_CHECK(cudaStreamDestroy(f->stream));
     CUDA_CHECK(cudaFree(f->device_memory));
     CUDA_CHECK(cudaFreeHost(f->host_memory));
     free(f->slot), free(f->origin), free(f->counts);
@@ -107,50 +100,54 @@ static inline void feed_find_documents(const Feed *f, DeviceBatch *b) {
 
 // The slot, laid out for rows of T tokens.
 static inline FeedSlot *feed_open(Feed *f, int slot, int rows, int T) {
-    assert(slot >= 0 && slot < f->slots && rows >= 1 && T >= 1);
-    assert(rows <= f->max_rows && rows * T <= f->max_rows * f->max_T);
+    assert(slot >= 0 && slot < f->slots && rows >= 1 && T >= 1 && rows <= f->max_tokens / T);
     FeedSlot *s = &f->slot[slot];
-    s->host = feed_batch_at(s->host_memory, rows, T);
-    s->device = feed_batch_at(s->device_memory, rows, T);
+    s->batch = feed_batch_at(s->memory, rows, T);
     return s;
 }
 
-// Finds the documents and sends everything up to the first `bytes` of the index.
-static inline void feed_send(Feed *f, FeedSlot *s, size_t bytes) {
-    feed_find_documents(f, &s->host);
-    bytes += (size_t)((char *)s->host.index.counts - s->host_memory);
-    CUDA_CHECK(cudaMemcpyAsync(s->device_memory, s->host_memory, bytes, cudaMemcpyHostToDevice,
-                               f->stream));
-    CUDA_CHECK(cudaEventRecord(s->sent, f->stream));
+// Finds the documents. Of the index the first `bytes` are in use.
+static inline void feed_close(const Feed *f, FeedSlot *s, size_t bytes) {
+    feed_find_documents(f, &s->batch);
+    s->bytes = (size_t)((char *)s->batch.index.counts - s->memory) + bytes;
 }
 
-// Puts the loader's next rows of T tokens on their way. Waits for the loader where it is behind.
+// Fills a slot with the loader's next rows of T tokens. Waits for the loader where it is behind.
 static inline void feed_load(Feed *f, int slot, Loader *l, int rows, int T) {
+    assert(rows <= f->max_rows);
+    loader_require_length(l, T);
     FeedSlot *s = feed_open(f, slot, rows, T);
-    DeviceBatch *b = &s->host;
+    DeviceBatch *b = &s->batch;
     loader_next(l, b->tokens, b->targets, rows);
     for (int i = 0; i < rows; i++) s->origin[i] = loader_origin(l, i);
-    feed_send(f, s, embed_index_build(b->index.counts, b->tokens, b->n, f->V, f->counts));
+    feed_close(f, s, embed_index_build(b->index.counts, b->tokens, b->n, f->V, f->counts));
 }
 
-// Puts given rows on their way, without an index: for what has no backward pass.
+// Fills a slot with given rows, without an index: for what has no backward pass.
 static inline void feed_put(Feed *f, int slot,
                             const int *inputs,   // (rows, T)
                             const int *targets,  // (rows, T), NULL: none
                             int rows, int T) {
     FeedSlot *s = feed_open(f, slot, rows, T);
-    size_t bytes = (size_t)s->host.n * sizeof(int);
-    memcpy(s->host.tokens, inputs, bytes);
-    if (targets) memcpy(s->host.targets, targets, bytes);
-    feed_send(f, s, 0);
+    size_t bytes = (size_t)s->batch.n * sizeof(int);
+    memcpy(s->batch.tokens, inputs, bytes);
+    if (targets) memcpy(s->batch.targets, targets, bytes);
+    feed_close(f, s, 0);
 }
 
-// The slot's micro-batch in device memory; what is put on stream `compute` from now on finds it
-// there.
-static inline DeviceBatch feed_get(Feed *f, int slot, cudaStream_t compute) {
-    FeedSlot *s = &f->slot[slot];
-    CUDA_CHECK(cudaStreamWaitEvent(compute, s->sent, 0));
-    return s->device;
+// The micro-batch in a place, of rows of T tokens.
+static inline DeviceBatch feed_get(const Feed *f, int place, int rows, int T) {
+    assert(place >= 0 && place < f->places);
+    return feed_batch_at(f->device_memory + feed_batch_bytes(f->max_tokens) * (size_t)place, rows,
+                         T);
+}
+
+// Copies a slot to a place; what is put on the stream from now on finds it there.
+static inline DeviceBatch feed_send(const Feed *f, int slot, int place, cudaStream_t stream) {
+    const FeedSlot *s = &f->slot[slot];
+    DeviceBatch b = feed_get(f, place, s->batch.rows, s->batch.T);
+    CUDA_CHECK(cudaMemcpyAsync(b.tokens, s->memory, s->bytes, cudaMemcpyHostToDevice, stream));
+    return b;
 }
 
 #endif

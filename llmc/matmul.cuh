@@ -4,6 +4,7 @@
 //     dgrad     dx (n, K)  = dy (n, N) W
 //     wgrad     dW (N, K) += dy^T x                          FP32, whatever dy and x are
 //     batched   d  (M, N)  = alpha op(a) op(b) + beta c      for each of `batch` matrices
+//     square    d  (M, M)  = alpha op(x) op(x)^T + beta c    likewise
 //
 // Everything is stored row by row, without gaps. n is any number from 1 on; K, N and all sizes of
 // matmul_batched are multiples of 8, and pointers multiples of 16 bytes. Sums are FP32 and rounded
@@ -25,8 +26,14 @@
 // or waits after matmul_init, so every product can be captured in a CUDA graph. There is one
 // workspace: products of one Matmul must run on one stream, or behind one another.
 //
-// Leaves out: activations fused into a product; the making of FP8 operands and their scales (an
-// operand that comes as FP8, with its scale and its transposed copy, is multiplied).
+// EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for
+// Hopper alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes, and for squares the
+// one that computes half of them and mirrors it; else the product is
+// cuBLASLt's, and llmc/relu2.cuh's kernel follows. Both leave the same in memory, but for the
+// rounding to BF16 of a product that comes to memory in between.
+//
+// Leaves out: the making of FP8 operands and their scales (an operand that comes as FP8, with its
+// scale and its transposed copy, is multiplied).
 #ifndef LLMC_MATMUL_CUH
 #define LLMC_MATMUL_CUH
 
@@ -35,6 +42,24 @@
 #include <string.h>
 
 #include "llmc/cuda_common.cuh"  // floatX, bf16, Gpu, gpu_alloc, CUDA_CHECK
+#include "llmc/relu2.cuh"        // relu2_forward, relu2_backward
+
+#if defined(HOPPER) && !defined(PRECISION_FP32)
+#include "llmc/gemm_sm90.cuh"  // GemmSm90, gemm_sm90_relu2_forward, gemm_sm90_relu2_backward
+#else
+typedef struct {
+} GemmSm90;
+static inline void gemm_sm90_init(GemmSm90 *, const Gpu *) {}
+static inline void gemm_sm90_free(GemmSm90 *) {}
+static inline bool gemm_sm90_fits(int, int) { return false; }
+static inline bool gemm_sm90_squares(int, int) { return false; }
+static inline void gemm_sm90_relu2_forward(GemmSm90 *, floatX *, const floatX *, const floatX *,
+                                           int, int, int, cudaStream_t) {}
+static inline void gemm_sm90_relu2_backward(GemmSm90 *, floatX *, const floatX *, const floatX *,
+                                            const floatX *, int, int, int, cudaStream_t) {}
+static inline void gemm_sm90_square(GemmSm90 *, floatX *, const floatX *, bool, const floatX *,
+                                    float, float, int, int, int, cudaStream_t) {}
+#endif
 
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;  // bytes
 constexpr int MATMUL_PLANS = 1024;             // places for plans; half of them are used at most
@@ -59,12 +84,14 @@ static inline MatmulOperand matmul_operand(const float *data) {
 
 // What happens to a product on its way to memory.
 typedef enum {
-    MATMUL_STORE,  // y = product
-    MATMUL_ADD,    // y = extra + product; extra NULL: y += product
+    MATMUL_STORE,           // y = product
+    MATMUL_ADD,             // y = extra + product; extra NULL: y += product
+    MATMUL_RELU2,           // of forward: y = relu(product)^2
+    MATMUL_RELU2_BACKWARD,  // of dgrad: dx = 2 sqrt(extra) product; extra: that y
 } MatmulEpilogueKind;
 struct MatmulEpilogue {
     MatmulEpilogueKind kind;
-    const void *extra = NULL;  // of y's shape and type; may be y
+    const floatX *extra = NULL;  // of y's shape; may be y where it is added
 };
 
 // What an algorithm is chosen by.
@@ -84,6 +111,7 @@ typedef struct {
     void *workspace;   // (MATMUL_WORKSPACE bytes), on the device
     MatmulPlan *plan;  // (MATMUL_PLANS): a hash table
     int planned;       // places in use
+    GemmSm90 fused;
 } Matmul;
 
 // A product in cuBLASLt's words.
@@ -108,9 +136,11 @@ static inline void matmul_init(Matmul *m, Gpu *g) {
     m->workspace = gpu_alloc(g, MATMUL_WORKSPACE, "the workspace of matrix products");
     m->plan = (MatmulPlan *)die_alloc(MATMUL_PLANS, sizeof *m->plan, "plans of matrix products");
     m->planned = 0;
+    gemm_sm90_init(&m->fused, g);
 }
 
 static inline void matmul_free(Matmul *m) {
+    gemm_sm90_free(&m->fused);
     cublasLtDestroy(m->lt);
     CUDA_CHECK(cudaFree(m->workspace));
     free(m->plan);
@@ -219,14 +249,27 @@ static inline void matmul(Matmul *m, void *d, cudaDataType_t d_type, MatmulOpera
 // ---------------------------------------------------------------------------------------------
 // The three products of a linear layer y = x W^T, W (out, in), over n rows.
 
+// Whether ReLU^2 is done on the way of such a product, `columns` wide, over `sum` terms.
+static inline bool matmul_fuses(MatmulOperand a, MatmulOperand b, int columns, int sum) {
+    return gemm_sm90_fits(columns, sum) && a.type == CUDA_R_16BF && b.type == CUDA_R_16BF;
+}
+
 static inline void matmul_forward(Matmul *m,
                                   floatX *y,        // (n, N)
                                   MatmulOperand x,  // (n, K)
                                   MatmulOperand w,  // (N, K)
                                   MatmulEpilogue epilogue, int n, int K, int N,
                                   cudaStream_t stream) {
+    bool relu2 = epilogue.kind == MATMUL_RELU2;
+    assert(epilogue.kind != MATMUL_RELU2_BACKWARD);
+    if (relu2 && matmul_fuses(x, w, N, K)) {
+        gemm_sm90_relu2_forward(&m->fused, y, (const floatX *)x.data, (const floatX *)w.data, n, K,
+                                N, stream);
+        return;
+    }
     matmul(m, y, matmul_operand(y).type, x, false, w, true, epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, N, K, 1, stream);
+    if (relu2) relu2_forward(y, (size_t)n * (size_t)N, stream);
 }
 
 static inline void matmul_dgrad(Matmul *m,
@@ -234,8 +277,16 @@ static inline void matmul_dgrad(Matmul *m,
                                 MatmulOperand dy,  // (n, N)
                                 MatmulOperand w,   // (N, K)
                                 MatmulEpilogue epilogue, int n, int K, int N, cudaStream_t stream) {
-    matmul(m, dx, matmul_operand(dx).type, dy, false, w, false, epilogue.extra, 1,
+    bool relu2 = epilogue.kind == MATMUL_RELU2_BACKWARD;
+    assert(epilogue.kind != MATMUL_RELU2);
+    if (relu2 && matmul_fuses(dy, w, K, N)) {
+        gemm_sm90_relu2_backward(&m->fused, dx, (const floatX *)dy.data, (const floatX *)w.data,
+                                 epilogue.extra, n, K, N, stream);
+        return;
+    }
+    matmul(m, dx, matmul_operand(dx).type, dy, false, w, false, relu2 ? NULL : epilogue.extra, 1,
            epilogue.kind == MATMUL_ADD, n, K, N, 1, stream);
+    if (relu2) relu2_backward(dx, epilogue.extra, (size_t)n * (size_t)K, stream);
 }
 
 static inline void matmul_wgrad(Matmul *m,
@@ -260,6 +311,20 @@ static inline void matmul_batched(Matmul *m,
     assert(c || beta == 0);
     matmul(m, d, matmul_operand(d).type, matmul_operand(a), ta, matmul_operand(b), tb, c, alpha,
            beta, M, N, K, batch, stream);
+}
+
+// d = alpha op(x) op(x)^T + beta c likewise, c symmetric or NULL; op transposes where tx says so. d
+// may be neither x nor c.
+static inline void matmul_square(Matmul *m,
+                                 floatX *d,                 // (batch, M, M)
+                                 const floatX *x, bool tx,  // (batch, M, K), or (batch, K, M)
+                                 const floatX *c,           // (batch, M, M), or NULL
+                                 float alpha, float beta, int M, int K, int batch,
+                                 cudaStream_t stream) {
+    if (gemm_sm90_squares(M, K) && (c ? !tx : alpha == 1))
+        gemm_sm90_square(&m->fused, d, x, tx, c, alpha, beta, M, K, batch, stream);
+    else
+        matmul_batched(m, d, x, tx, x, !tx, c, alpha, beta, M, M, K, batch, stream);
 }
 
 #endif

@@ -32,7 +32,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "llmc/matmul.cuh"     // Matmul, matmul_batched
+#include "llmc/matmul.cuh"     // Matmul, matmul_square, matmul_batched
 #include "llmc/model.h"        // Table, Tensor, GROUP_MATRIX
 #include "llmc/muon_gate.cuh"  // muon_gate_update; muon_polar, muon_nesterov, ...
 #include "llmc/step.cuh"       // StepState
@@ -386,10 +386,8 @@ static inline const floatX *muon_polar_express(const MuonShape *s, Matmul *m, in
     floatX *x = s->x, *next = s->next;
     for (int i = 0; i < MUON_POLAR_STEPS; i++) {
         MuonPolar p = muon_polar(i);
-        matmul_batched(m, s->a, x, R > K, x, R <= K, NULL, 1, 0, side, side, s->lines, batch,
-                       stream);
-        matmul_batched(m, s->poly, s->a, false, s->a, false, s->a, p.c, p.b, side, side, side,
-                       batch, stream);
+        matmul_square(m, s->a, x, R > K, NULL, 1, 0, side, s->lines, batch, stream);
+        matmul_square(m, s->poly, s->a, false, s->a, p.c, p.b, side, side, batch, stream);
         if (R <= K)
             matmul_batched(m, next, s->poly, false, x, false, x, 1, p.a, R, K, R, batch, stream);
         else

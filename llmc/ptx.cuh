@@ -81,4 +81,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// sqrt(x), to 2^-22 or so; of x below 2^-126: 0.
+__device__ __forceinline__ float sqrt_fast(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #endif

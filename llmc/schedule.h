@@ -35,12 +35,13 @@ typedef struct {
     double horizon12;  // Z12
 } Plan;
 
-// What may change from one step to the next. Memory is taken for the largest phase of the plan.
+// What may change from one step to the next, but for T: the loader's rows keep one length. Without
+// gaps, so that memcmp tells whether two are the same.
 typedef struct {
-    int T;                         // tokens a row
     int64_t batch;                 // tokens per update
-    int micro_rows;                // rows at once per rank
     int64_t micro_steps;           // forward and backward passes per update
+    int micro_rows;                // rows at once per rank
+    int T;                         // tokens a row
     int window[MODEL_MAX_LAYERS];  // (L): W_i
 } Phase;
 
@@ -111,6 +112,9 @@ static inline Phase phase_at(const Plan *p, const Config *c, int64_t it) {
     memcpy(phase.window, c->window, sizeof phase.window);
     return phase;
 }
+
+// The most of everything in any phase: what memory is taken for.
+static inline Phase phase_largest(const Plan *p, const Config *c) { return phase_at(p, c, 0); }
 
 // The numbers of one group, its lr scaled by width and batch.
 static inline GroupNumbers plan_group(const Plan *p, const Flags *f, const Config *c, Group group) {

@@ -27,6 +27,12 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// Two floats, rounded, in a register; the first in the low half.
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned &>(two);
+}
+
 // Four floats, or eight in two pieces: what a thread holds of FP32 memory beside VEC of floatX.
 template <int N> __device__ __forceinline__ void vec_load(float (&x)[N], const float *p) {
     static_assert(N % 4 == 0, "whole pieces of 16 bytes");

@@ -2,10 +2,11 @@
 //
 //     build/bench/bench_gpu                 depth 12 (131,072 tokens a step) and 24 (65,536)
 //     build/bench/bench_gpu --depth 12 ...  one model of your flags
+//     build/bench/bench_gpu --speed [...]   no table; without flags: the four of dev/bench/speed.sh
 //
-// It is the trainer itself, on tokens drawn by Zipf's law (V 32768, T 2048, windows SSSL): first
-// STEPS steps as always, for the tokens a second; then TRACED steps with an event before and behind
-// each operation, for the table. An operation's row adds up its calls of a step, all layers and
+// It is the trainer itself, on tokens drawn by Zipf's law (V 32768, T 2048, windows SSSL): first 31
+// steps as always, the median of steps 10 to 30 for the tokens a second; then TRACED steps with an
+// event before and behind each operation, for the table. An operation's row adds up its calls of a step, all layers and
 // micro-batches; its rate is in what binds it, arithmetic or memory, and % of the ceiling is the time
 // that it would take at the ceiling over the time it took. What it must move counts once: of weights,
 // inputs, outputs each byte. Sums of squares of gradients run beside the operations, on a second
@@ -28,7 +29,12 @@ static const struct {
     {"", 680e12},                    // cuBLASLt, 640 to 735 at the shapes of both models
 };
 
-enum { WARM = 3, STEPS = 10, TRACED = 5, SHARD_TOKENS = 1 << 22 };
+enum { WARM = 10, STEPS = 21, TRACED = 5, SHARD_TOKENS = 1 << 22 };
+
+// What is timed without flags of yours: the first two with a table, all with --speed.
+static const char *const MODELS[] = {
+    " --depth 12", " --depth 24 --batch-tokens 65536", " --depth 24 --batch-tokens 524288",
+    " --depth 12 --vocab 50304 --seq-len 1024 --window-pattern L --batch-tokens 524288"};
 
 // One line of the table.
 typedef struct {
@@ -82,6 +88,11 @@ static int by_time(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
 static void print_table(Line *lines, int count, double step_us) {
     double sum = 0, ideal = 0;
     qsort(lines, (size_t)count, sizeof *lines, by_time);
@@ -102,19 +113,22 @@ static void print_table(Line *lines, int count, double step_us) {
            100 * ideal / step_us, 100.0);
 }
 
-// `steps` steps from r->step on. Returns the microseconds of one.
+// `steps` steps from r->step on, at most STEPS. Returns the microseconds of one, their median.
 static double run_steps(Run *r, int steps) {
-    double start = log_seconds();
+    double us[STEPS];
     for (int i = 0; i < steps; i++) {
+        double start = log_seconds();
         Phase phase = phase_at(&r->plan, &r->cfg, r->step);
         StepResult s =
             model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step++, NULL);
         if (!s.finite) die(EXIT_NONFINITE, "step %d: loss %g, norm %g", i, s.loss, s.grad_norm);
+        us[i] = 1e6 * (log_seconds() - start);
     }
-    return 1e6 * (log_seconds() - start) / steps;
+    qsort(us, (size_t)steps, sizeof *us, by_size);
+    return us[steps / 2];
 }
 
-static void bench(char *flags) {
+static void bench(char *flags, bool table) {
     char *argv[64];
     int argc = 0;
     Run *r = (Run *)die_alloc(1, sizeof *r, "a run");
@@ -131,11 +145,13 @@ static void bench(char *flags) {
            (long long)r->plan.batch, (long long)r->plan.micro_rows * r->cfg.T, facts.device);
     run_steps(r, WARM);
     double us = run_steps(r, STEPS);
-    m->trace.op = (TraceOp *)die_alloc(TRACE_OPS, sizeof(TraceOp), "the trace");
-    memset(m->trace.op, 0, TRACE_OPS * sizeof(TraceOp));
-    m->trace.timed = true;
-    double traced_us = run_steps(r, TRACED);
-    print_table(lines, add_up(lines, &m->trace, TRACED), traced_us);
+    if (table) {
+        m->trace.op = (TraceOp *)die_alloc(TRACE_OPS, sizeof(TraceOp), "the trace");
+        memset(m->trace.op, 0, TRACE_OPS * sizeof(TraceOp));
+        m->trace.timed = true;
+        double traced_us = run_steps(r, TRACED);
+        print_table(lines, add_up(lines, &m->trace, TRACED), traced_us);
+    }
     double rate = 1e6 * (double)r->plan.batch / us, flops = config_flops_per_token(&r->cfg, false);
     facts = model_facts(m);
     printf("step: %.2f ms, %.0f tok/s", 1e-3 * us, rate);
@@ -157,15 +173,15 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     snprintf(path, sizeof path, "%s/bench_gpu_%d.bin", dir ? dir : "/tmp", (int)getpid());
     write_shard(path, 32768);
-    for (int i = 1; i < argc; i++)
+    bool table = argc < 2 || strcmp(argv[1], "--speed");
+    int own_from = table ? 1 : 2, models = argc > own_from ? 1 : table ? 2 : 4;
+    for (int i = own_from; i < argc; i++)
         snprintf(own + strlen(own), sizeof own - strlen(own), " %s", argv[i]);
-    const char *models[] = {" --depth 12 --batch-tokens 131072",
-                            " --depth 24 --batch-tokens 65536"};
-    for (int i = 0; i < (argc > 1 ? 1 : 2); i++) {
+    for (int i = 0; i < models; i++) {
         snprintf(flags, sizeof flags,
                  "bench_gpu --train %s --steps 1000 --vocab 32768 --bos 0 --batch-tokens 131072%s",
-                 path, argc > 1 ? own : models[i]);
-        bench(flags);
+                 path, argc > own_from ? own : MODELS[i]);
+        bench(flags, table);
     }
     unlink(path);
     return EXIT_OK;

@@ -37,7 +37,7 @@ static void bench_packing(double mean) {
     double start = seconds();
     for (;; picks++) {
         while (packer->count < PACK_BUFFER && next < DOCUMENTS)
-            pack_put(packer, (PackPiece){0, (uint32_t)next, length[next], 0}), next++;
+            pack_put(packer, (PackPiece){0, (uint32_t)next, length[next], 0, 0}), next++;
         if (!packer->count) break;
         space -= (int)pack_length(pack_take(packer, space, true));
         if (!space) rows++, space = T + 1;

@@ -97,7 +97,7 @@ static inline RowsConfig corpus_config(const Corpus *c, int T, bool bestfit, boo
 
 typedef struct {
     uint16_t *token;
-    int count;
+    int count, epoch;
 } PlainDocument;
 
 typedef struct {
@@ -105,12 +105,13 @@ typedef struct {
     int count, room;
 } PlainList;
 
-static inline void plain_add(PlainList *list, bool bos, const uint16_t *token, int count) {
+static inline void plain_add(PlainList *list, bool bos, const uint16_t *token, int count,
+                             int epoch) {
     if (list->count == list->room) {
         list->room = 2 * list->room + 16;
         list->item = (PlainDocument *)realloc(list->item, sizeof *list->item * (size_t)list->room);
     }
-    PlainDocument d = {(uint16_t *)malloc(2 * (size_t)(count + 1)), 0};
+    PlainDocument d = {(uint16_t *)malloc(2 * (size_t)(count + 1)), 0, epoch};
     if (bos) d.token[d.count++] = CORPUS_BOS;
     memcpy(d.token + d.count, token, 2 * (size_t)count);
     d.count += count;
@@ -133,13 +134,15 @@ static inline void plain_order(int *order, int shards, uint64_t seed, uint64_t e
     }
 }
 
-static inline PlainList plain_documents(const Corpus *c, const int *order) {
+static inline PlainList plain_documents(const Corpus *c, uint64_t seed, int epoch) {
     PlainList list = {NULL, 0, 0};
+    int order[CORPUS_SHARDS];
+    plain_order(order, c->shards, seed, (uint64_t)epoch);
     for (int o = 0; o < c->shards; o++) {
         const uint16_t *token = c->token[order[o]];
         for (int i = 0, end, n = c->count[order[o]]; i < n; i = end) {
             for (end = i + 1; end < n && token[end] != CORPUS_BOS;) end++;
-            plain_add(&list, token[i] != CORPUS_BOS, token + i, end - i);
+            plain_add(&list, token[i] != CORPUS_BOS, token + i, end - i, epoch);
         }
     }
     return list;
@@ -165,56 +168,72 @@ static inline uint16_t *plain_row(uint16_t **rows, int count, int n) {
     return *rows + (size_t)count * (size_t)n;
 }
 
-// Adds the rows of one epoch to rows (count, T+1), which grows; returns the new count.
-static inline int plain_bestfit(const Corpus *c, const int *order, int T, bool keep,
-                                uint16_t **rows, int count) {
-    PlainList documents = plain_documents(c, order), buffer = {NULL, 0, 0};
-    for (int next = 0, done = 0; !done;) {
-        uint16_t *row = plain_row(rows, count, T + 1);
-        int filled = 0;
-        while (filled < T + 1) {
-            for (; buffer.count < 1000 && next < documents.count; next++)
-                plain_add(&buffer, false, documents.item[next].token, documents.item[next].count);
-            int i = plain_pick(&buffer, T + 1 - filled);
-            if ((done = i < 0)) break;
-            PlainDocument *d = &buffer.item[i];
-            int taken = d->count < T + 1 - filled ? d->count : T + 1 - filled;
-            memcpy(row + filled, d->token, 2 * (size_t)taken);
-            filled += taken;
-            PlainDocument picked = *d;  // plain_add may move the list
-            if (taken < d->count && keep)
-                plain_add(&buffer, true, picked.token + taken, picked.count - taken);
-            plain_remove(&buffer, i);
+static inline void plain_clear(PlainList *list) {
+    while (list->count) plain_remove(list, list->count - 1);
+    free(list->item);
+    memset(list, 0, sizeof *list);
+}
+
+static inline bool plain_holds(const PlainList *buffer, int epoch) {
+    bool found = false;
+    for (int i = 0; i < buffer->count; i++) found |= buffer->item[i].epoch == epoch;
+    return found;
+}
+
+// Makes rows (count, T+1), which grow, until documents of epoch `epochs` would enter the buffer.
+static inline uint16_t *plain_bestfit(const Corpus *c, const RowsConfig *config, int epochs,
+                                      int *ends) {
+    PlainList entering = plain_documents(c, config->seed, 0), buffer = {NULL, 0, 0};
+    uint16_t *rows = NULL, *row = NULL;
+    for (int n = config->T + 1, epoch = 0, next = 0, count = 0, filled = n;;) {
+        if (filled == n) row = plain_row(&rows, count, n), filled = 0;
+        while (buffer.count < 1000) {
+            if (next < entering.count) {
+                PlainDocument *d = &entering.item[next++];
+                plain_add(&buffer, false, d->token, d->count, d->epoch);
+                continue;
+            }
+            if (plain_holds(&buffer, epoch - 1)) break;
+            plain_clear(&entering);
+            ends[epoch++] = count, next = 0;
+            if (epoch == epochs) {
+                plain_clear(&buffer);
+                return rows;
+            }
+            entering = plain_documents(c, config->seed, epoch);
         }
-        count += filled == T + 1;
+        int i = plain_pick(&buffer, n - filled);
+        PlainDocument d = buffer.item[i];
+        int taken = d.count < n - filled ? d.count : n - filled;
+        memcpy(row + filled, d.token, 2 * (size_t)taken);
+        if (taken < d.count && config->keep_tails)
+            plain_add(&buffer, true, d.token + taken, d.count - taken, d.epoch);
+        plain_remove(&buffer, i);
+        filled += taken;
+        count += filled == n;
     }
-    while (documents.count) plain_remove(&documents, documents.count - 1);
-    free(documents.item), free(buffer.item);
-    return count;
 }
 
-static inline int plain_stream(const Corpus *c, const int *order, int T, uint16_t **rows,
-                               int count) {
-    for (int o = 0; o < c->shards; o++) {
-        for (int r = 0; (r + 1) * T < c->count[order[o]]; r++, count++)
-            memcpy(plain_row(rows, count, T + 1), c->token[order[o]] + r * T, 2 * (size_t)(T + 1));
-    }
-    return count;
-}
-
-// The rows of the first `epochs` epochs, (count, T+1); ends[e] = rows up to and with epoch e.
-static inline uint16_t *plain_rows(const Corpus *c, const RowsConfig *config, int epochs,
-                                   int *ends) {
+static inline uint16_t *plain_stream(const Corpus *c, const RowsConfig *config, int epochs,
+                                     int *ends) {
     uint16_t *rows = NULL;
-    int order[CORPUS_SHARDS], count = 0;
-    for (int e = 0; e < epochs; e++) {
+    int order[CORPUS_SHARDS], T = config->T, count = 0;
+    for (int e = 0; e < epochs; ends[e++] = count) {
         plain_order(order, c->shards, config->seed, (uint64_t)e);
-        count = config->bestfit
-                    ? plain_bestfit(c, order, config->T, config->keep_tails, &rows, count)
-                    : plain_stream(c, order, config->T, &rows, count);
-        ends[e] = count;
+        for (int o = 0; o < c->shards; o++)
+            for (int r = 0; (r + 1) * T < c->count[order[o]]; r++, count++)
+                memcpy(plain_row(&rows, count, T + 1), c->token[order[o]] + r * T,
+                       2 * (size_t)(T + 1));
     }
     return rows;
+}
+
+// The rows of the first `epochs` epochs, (count, T+1); ends[e] = rows up to and with epoch e. A row
+// of bestfit is of the epoch that fills the buffer when the row is done.
+static inline uint16_t *plain_rows(const Corpus *c, const RowsConfig *config, int epochs,
+                                   int *ends) {
+    return config->bestfit ? plain_bestfit(c, config, epochs, ends)
+                           : plain_stream(c, config, epochs, ends);
 }
 
 #endif

@@ -92,6 +92,18 @@ TEST(timing_does_not_change_rows) {
     corpus_free(&c);
 }
 
+TEST(rows_keep_one_length) {
+    Corpus c = corpus_three();
+    RowsConfig config = corpus_config(&c, T, true, true);
+    DIES(EXIT_USAGE, "found rows of 13 tokens, expected 12, --seq-len, throughout") {
+        Loader loader;
+        loader_init(&loader, &config, 0, 1);
+        loader_require_length(&loader, T);
+        loader_require_length(&loader, T + 1);
+    }
+    corpus_free(&c);
+}
+
 // Resumes after every call of a run over three epochs, in a new loader, with other ranks.
 static void resume_everywhere(bool bestfit, bool keep) {
     int ends[6];
@@ -105,11 +117,12 @@ static void resume_everywhere(bool bestfit, bool keep) {
         LoaderState state = loader_state(&loader);
         CHECK(sizeof state <= 64);
         config.seed = 1234;  // the state knows better
-        loader_init(&resumed, &config, 1, 2);
+        int ranks = 1 + row / 3 % 4, rank = below(ranks), B = 12 / ranks;
+        loader_init(&resumed, &config, rank, ranks);
         loader_restore(&resumed, state, row % 2 ? loader_describe(&loader) : NULL);
         for (int i = 0; i < 3; i++) {
-            loader_next(&resumed, inputs, targets, 4);
-            CHECK_INT(wrong_rows(rows + (row + i * 8 + 4) * (T + 1), T + 1, 4), 0);
+            loader_next(&resumed, inputs, targets, B);
+            CHECK_INT(wrong_rows(rows + (row + i * 12 + rank * B) * (T + 1), T + 1, B), 0);
         }
         loader_free(&resumed);
         config.seed = 7;
@@ -167,7 +180,8 @@ TEST(origin_says_where_a_row_came_from) {
             int s = atoi(strrchr(from.path, '/') + 2);
             CHECK_STR(from.path, corpus_path(&c, s));
             CHECK_INT(c.token[s][from.token], inputs[b * T]);
-            CHECK_INT(from.epoch * 73 + from.row, i * 8 + 4 + b);  // 24 + 7 + 42 rows an epoch
+            CHECK_INT(from.row, i * 8 + 4 + b);
+            CHECK_INT(from.epoch, from.row / 73);  // 24 + 7 + 42 rows an epoch
         }
     }
     loader_free(&loader);
@@ -178,11 +192,11 @@ TEST(origin_says_where_a_row_came_from) {
 // Other data than the checkpoint's.
 
 TEST(restore_names_what_is_not_the_same) {
-    const char *expected[] = {"expected 's01.bin 90 ", "found 's01.bin 91 ",
-                              "found 's00.bin 511 ",   "found 's02.bin 511 ",
-                              "found 's01.bin 90 ",    "found 'none', expected 's02.bin 511 ",
-                              "found 's03.bin 50 ",    "packing: found 'T 11 bestfit",
-                              "found 'T 12 stream'",   "found 'T 12 bestfit drop"};
+    const char *expected[] = {"expected 's01.bin 90 ",       "found 's01.bin 91 ",
+                              "found 's00.bin 511 ",         "found 's02.bin 511 ",
+                              "found 's01.bin 90 ",          "found 'none', expected 's02.bin 511 ",
+                              "found 's03.bin 50 ",          "packing: found 'T 11 endless bestfit",
+                              "found 'T 12 endless stream'", "found 'T 12 endless bestfit drop"};
     for (int i = 0; i < 10; i++) {
         char from[300], to[300];
         Corpus c = corpus_three();
@@ -217,6 +231,21 @@ TEST(restore_names_what_is_not_the_same) {
     }
 }
 
+// A save from when rows were numbered in each epoch.
+TEST(a_save_without_endless_rows_is_refused) {
+    Corpus c = corpus_three();
+    RowsConfig config = corpus_config(&c, T, true, true);
+    DIES(EXIT_DATA, "packing: found 'T 12 endless bestfit keep bos 59999', expected 'T 12 bestfit "
+                    "keep bos 59999'; give the same, or start without the checkpoint") {
+        Loader loader;
+        loader_init(&loader, &config, 0, 1);
+        char *old = strdup(loader_describe(&loader)), *word = strstr(old, "endless ");
+        memmove(word, word + 8, strlen(word + 8) + 1);
+        loader_restore(&loader, loader_state(&loader), old);
+    }
+    corpus_free(&c);
+}
+
 TEST(shards_may_move_to_another_folder) {
     Corpus c = corpus_three(), d = c;
     RowsConfig config = corpus_config(&c, T, true, true);
@@ -240,7 +269,7 @@ TEST(a_place_behind_the_data_is_refused) {
     Corpus c = corpus_three();
     for (int bestfit = 0; bestfit < 2; bestfit++) {
         RowsConfig config = corpus_config(&c, T, bestfit, true);
-        DIES(EXIT_DATA, "row 1000 of epoch 1: found ") {
+        DIES(EXIT_DATA, "row 1000 of epoch 1: found 903 tokens an epoch ") {
             Loader loader;
             loader_init(&loader, &config, 0, 1);
             LoaderState state = loader_state(&loader);
@@ -299,6 +328,7 @@ int main(void) {
     RUN(stream_rows_are_the_same_for_any_ranks);
     RUN(batch_may_change_at_any_call);
     RUN(timing_does_not_change_rows);
+    RUN(rows_keep_one_length);
     RUN(bestfit_resumes_after_every_call);
     RUN(bestfit_with_dropped_tails_resumes_after_every_call);
     RUN(stream_resumes_after_every_call);
@@ -306,6 +336,7 @@ int main(void) {
     RUN(a_loader_may_end_at_any_time);
     RUN(origin_says_where_a_row_came_from);
     RUN(restore_names_what_is_not_the_same);
+    RUN(a_save_without_endless_rows_is_refused);
     RUN(shards_may_move_to_another_folder);
     RUN(a_place_behind_the_data_is_refused);
     RUN(validation_rows_are_the_same_for_any_ranks);

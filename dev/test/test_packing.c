@@ -27,7 +27,9 @@ static PackPiece plain_take(int space, bool keep) {
     memmove(list + best, list + best + 1, sizeof *list * (size_t)(--count - best));
     if (pack_length(found) <= space) return found;
     uint32_t used = (uint32_t)space - found.bos;
-    if (keep) list[count++] = (PackPiece){found.shard, found.start + used, found.tokens - used, 1};
+    if (keep)
+        list[count++] =
+            (PackPiece){found.shard, found.start + used, found.tokens - used, 1, found.odd};
     found.tokens = used;
     return found;
 }
@@ -47,10 +49,13 @@ static int differences(int row, int longest, bool keep, int picks) {
             i % 3000 < 2000 ? PACK_BUFFER : below(5);  // full, and now and then nearly empty
         while (count < target)
             put((PackPiece){(uint32_t)i, (uint32_t)below(1000), 1u + (uint32_t)below(longest),
-                            below(2)});
+                            (uint16_t)below(2), (uint16_t)below(2)});
         if (!count) continue;
         PackPiece found = pack_take(packer, space, keep), expected = plain_take(space, keep);
+        int odd = 0;
+        for (int k = 0; k < count; k++) odd += list[k].odd;
         wrong += memcmp(&found, &expected, sizeof found) != 0 || packer->count != count;
+        wrong += packer->of[0] != count - odd || packer->of[1] != odd;
         space -= (int)pack_length(found);
         if (!space) space = row;
     }
@@ -68,7 +73,7 @@ TEST(picks_equal_a_plain_scan) {
 
 TEST(longest_that_fits_goes_first) {
     pack_init(packer, 100);
-    for (uint32_t n = 10; n <= 50; n += 10) pack_put(packer, (PackPiece){0, n, n, 0});
+    for (uint32_t n = 10; n <= 50; n += 10) pack_put(packer, (PackPiece){0, n, n, 0, 0});
     CHECK_INT(pack_take(packer, 45, true).tokens, 40);
     CHECK_INT(pack_take(packer, 45, true).tokens, 30);
     CHECK_INT(pack_take(packer, 100, true).tokens, 50);
@@ -78,7 +83,7 @@ TEST(longest_that_fits_goes_first) {
 
 TEST(equal_documents_go_in_order) {
     pack_init(packer, 100);
-    for (uint32_t n = 0; n < 5; n++) pack_put(packer, (PackPiece){n, 0, n % 2 ? 7 : 9, 0});
+    for (uint32_t n = 0; n < 5; n++) pack_put(packer, (PackPiece){n, 0, n % 2 ? 7 : 9, 0, 0});
     CHECK_INT(pack_take(packer, 8, true).shard, 1);
     CHECK_INT(pack_take(packer, 8, true).shard, 3);
     CHECK_INT(pack_take(packer, 8, true).shard, 0);  // nothing fits: the first of the shortest
@@ -87,7 +92,7 @@ TEST(equal_documents_go_in_order) {
 
 TEST(tail_of_a_cropped_document_gets_a_bos) {
     pack_init(packer, 100);
-    pack_put(packer, (PackPiece){3, 1000, 50, 0});
+    pack_put(packer, (PackPiece){3, 1000, 50, 0, 0});
     PackPiece head = pack_take(packer, 20, true);
     CHECK_INT(head.start, 1000);
     CHECK_INT(head.tokens, 20);
@@ -105,7 +110,7 @@ TEST(tail_of_a_cropped_document_gets_a_bos) {
 
 TEST(tail_is_dropped_when_asked) {
     pack_init(packer, 100);
-    pack_put(packer, (PackPiece){3, 1000, 50, 0});
+    pack_put(packer, (PackPiece){3, 1000, 50, 0, 0});
     CHECK_INT(pack_take(packer, 20, false).tokens, 20);
     CHECK_INT(packer->count, 0);
     pack_free(packer);
@@ -113,9 +118,9 @@ TEST(tail_is_dropped_when_asked) {
 
 TEST(tail_goes_behind_equal_ones) {
     pack_init(packer, 10);
-    pack_put(packer, (PackPiece){1, 0, 20, 0});
-    pack_put(packer, (PackPiece){2, 0, 25, 0});
-    pack_put(packer, (PackPiece){3, 0, 20, 0});
+    pack_put(packer, (PackPiece){1, 0, 20, 0, 0});
+    pack_put(packer, (PackPiece){2, 0, 25, 0, 0});
+    pack_put(packer, (PackPiece){3, 0, 20, 0, 0});
     CHECK_INT(pack_take(packer, 1, true).shard, 1);  // its tail has 20 tokens again, with the BOS
     CHECK_INT(pack_take(packer, 1, true).shard, 3);
     CHECK_INT(pack_take(packer, 1, true).shard, 1);
@@ -124,7 +129,7 @@ TEST(tail_goes_behind_equal_ones) {
 
 TEST(document_of_two_thousand_million_tokens) {
     pack_init(packer, 2049);
-    pack_put(packer, (PackPiece){0, 0, 2147483647, 1});
+    pack_put(packer, (PackPiece){0, 0, 2147483647, 1, 0});
     PackPiece head = pack_take(packer, 2049, true), tail;
     CHECK_INT(head.tokens, 2048);
     tail = pack_take(packer, 2049, true);

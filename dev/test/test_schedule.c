@@ -168,6 +168,7 @@ TEST(default_micro_batch_fits_the_trainers_tokens) {
 }
 
 TEST(the_one_phase_is_the_plans) {
+    CHECK_INT(sizeof(Phase), 2 * sizeof(int64_t) + (2 + MODEL_MAX_LAYERS) * sizeof(int));
     Flags f = defaults();
     Config c = config_from_flags(&f, -1, -1);
     Plan p = plan_from_flags(&f, &c, 1, 8192);
@@ -176,6 +177,7 @@ TEST(the_one_phase_is_the_plans) {
         CHECK_INT(phase.T, 2048);
         CHECK_INT(phase.batch, phase.micro_steps * phase.micro_rows * phase.T);
         CHECK_INT(phase.batch, p.batch);
+        CHECK(phase.micro_rows <= phase_largest(&p, &c).micro_rows);
         for (int i = 0; i < c.L; i++) CHECK_INT(phase.window[i], i % 4 == 3 ? 2048 : 512);
     }
 }

@@ -1,5 +1,5 @@
-// test_attention.cu: attention of both builds (llmc/attention.cuh, llmc/attention_fp32.cuh) against
-// the CPU's; `test_attention bench` times it instead.
+// test_attention.cu: attention of each build (llmc/attention.cuh, llmc/attention_sm90.cuh,
+// llmc/attention_fp32.cuh) against the CPU's; `test_attention bench` times it instead.
 #include "dev/test/gpu/test_gpu.cuh"
 
 #ifdef PRECISION_FP32
@@ -7,7 +7,11 @@
 static const int head_sizes[] = {2, 8, 16, 32, 64, 128, 256};
 constexpr double LSE_TOLERANCE = TOLERANCE_FP32;
 #else
+#ifdef HOPPER
+#include "llmc/attention_sm90.cuh"  // attention_forward, attention_backward
+#else
 #include "llmc/attention.cuh"  // attention_forward, attention_backward
+#endif
 static const int head_sizes[] = {64, 128};
 constexpr double LSE_TOLERANCE = 1e-4;  // exponentials are the fast unit's
 #endif
@@ -16,19 +20,21 @@ constexpr double LSE_TOLERANCE = 1e-4;  // exponentials are the fast unit's
 // of tiles.
 enum { DOCS_EDGES = DOCS_KINDS };
 
-// B rows of T tokens, H heads of D, packed as the trainer packs them.
+// B rows of T tokens, H heads of D: packed as the trainer packs them, or with 8 unused numbers behind
+// each row. A test may put other numbers into qkv.
 typedef struct {
-    int B, T, H, D, W, n, C;
+    int B, T, H, D, W, n, C, ld, ldo;
     int *in_row, *doc_start;     // (n): on the host, positions in the row; on the device, absolute
-    GpuArray<floatX> qkv, dout;  // (n, 3C), (n, C)
-    GpuArray<floatX> o, dqkv;    // (n, C), (n, 3C)
+    GpuArray<floatX> qkv, dout;  // (n, ld), (n, ldo): q, k and v side by side
+    GpuArray<floatX> o, dqkv;    // (n, ldo), (n, ld)
     GpuArray<float> lse, delta;  // (H, n)
 } Problem;
 
-static Problem problem(int B, int T, int H, int D, int W, int docs) {
+static Problem problem(int B, int T, int H, int D, int W, int docs, bool gap) {
     Problem p = {};
     p.B = B, p.T = T, p.H = H, p.D = D, p.W = W, p.n = B * T, p.C = H * D;
-    size_t n = (size_t)p.n, C = (size_t)p.C;
+    p.ldo = p.C + 8 * gap, p.ld = 3 * p.C + 8 * gap;
+    size_t n = (size_t)p.n, ld = (size_t)p.ld, ldo = (size_t)p.ldo;
     int *absolute = gpu_expected<int>(n);
     p.in_row = gpu_expected<int>(n);
     test_documents(p.in_row, absolute, docs == DOCS_EDGES ? DOCS_ONE : docs, B, T);
@@ -40,8 +46,8 @@ static Problem problem(int B, int T, int H, int D, int W, int docs) {
             absolute[i] = i - t + p.in_row[i];
         }
     p.doc_start = gpu_ints("doc_start", absolute, n);
-    p.qkv = gpu_normal<floatX>("qkv", n * 3 * C, 1), p.dout = gpu_normal<floatX>("dout", n * C, 1);
-    p.o = gpu_poisoned<floatX>("o", n * C), p.dqkv = gpu_poisoned<floatX>("dqkv", n * 3 * C);
+    p.qkv = gpu_normal<floatX>("qkv", n * ld, 1), p.dout = gpu_normal<floatX>("dout", n * ldo, 1);
+    p.o = gpu_poisoned<floatX>("o", n * ldo), p.dqkv = gpu_poisoned<floatX>("dqkv", n * ld);
     p.lse = gpu_poisoned<float>("lse", n * (size_t)H);
     p.delta = gpu_poisoned<float>("delta", n * (size_t)H);
     return p;
@@ -50,7 +56,7 @@ static Problem problem(int B, int T, int H, int D, int W, int docs) {
 static void forward(const Problem *p) {
     const floatX *q = p->qkv.device;
     attention_forward(p->o.device, p->lse.device, q, q + p->C, q + 2 * p->C, p->doc_start, p->n,
-                      p->H, p->D, p->W, p->C, 3 * p->C, 0);
+                      p->H, p->D, p->W, p->ldo, p->ld, 0);
 }
 
 static void backward(const Problem *p) {
@@ -58,59 +64,92 @@ static void backward(const Problem *p) {
     floatX *dq = p->dqkv.device;
     attention_backward(dq, dq + p->C, dq + 2 * p->C, p->delta.device, p->dout.device, p->o.device,
                        p->lse.device, q, q + p->C, q + 2 * p->C, p->doc_start, p->n, p->H, p->D,
-                       p->W, p->C, 3 * p->C, 0);
+                       p->W, p->ldo, p->ld, 0);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Against the CPU.
 
+// Columns from .. from + count - 1 of rows that are ld apart.
+static float *columns(const float *x, int n, int ld, int from, int count) {
+    size_t width = (size_t)count;
+    float *y = gpu_expected((size_t)n * width);
+    for (size_t t = 0; t < (size_t)n; t++)
+        memcpy(y + t * width, x + t * (size_t)ld + from, width * sizeof *y);
+    return y;
+}
+
+// What lies behind each row, from column `from` on, is still poison.
+static void check_gap(const GpuArray<floatX> &x, int n, int ld, int from, const char *shape) {
+    for (int t = 0; t < n; t++)
+        for (int c = from; c < ld; c++)
+            if (!isnan(x.host[(size_t)t * (size_t)ld + (size_t)c]))
+                return test_check(false, __FILE__, __LINE__, "%s of %s: written behind row %d",
+                                  x.name, shape, t);
+}
+
 // dq, dk or dv (part 0, 1, 2): compared one by one, lest one hides behind another. Where every
 // query sees one key only, dq and dk are 0: what rounding leaves there is held against 1, the size
 // of the inputs.
-static void compare_gradient(Problem *p, const float *dqkv /* (n, 3C) */, int part,
+static void compare_gradient(const Problem *p, const float *dqkv /* (n, 3C) */, int part,
                              const char *shape) {
     static const char *const names[] = {"dq", "dk", "dv"};
-    size_t n = (size_t)p->n, C = (size_t)p->C, row = C * sizeof(floatX);
-    GpuArray<floatX> found = gpu_poisoned<floatX>(names[part], n * C);
-    CUDA_CHECK(cudaMemcpy2D(found.device, row, p->dqkv.device + (size_t)part * C, 3 * row, row, n,
-                            cudaMemcpyDeviceToDevice));
-    float *expected = gpu_expected(n * C), *ones = gpu_expected(n * C);
+    size_t count = (size_t)p->n * (size_t)p->C;
+    float *expected = columns(dqkv, p->n, 3 * p->C, part * p->C, p->C), *ones = gpu_expected(count);
+    GpuArray<floatX> found =
+        gpu_copy<floatX>(names[part], columns(p->dqkv.host, p->n, p->ld, part * p->C, p->C), count);
     bool zero = true;
-    for (size_t i = 0; i < n * C; i++) {
-        expected[i] = dqkv[i / C * 3 * C + (size_t)part * C + i % C];
-        ones[i] = 1, zero = zero && expected[i] == 0;
-    }
+    for (size_t i = 0; i < count; i++) ones[i] = 1, zero = zero && expected[i] == 0;
     if (zero) {
         found.tolerance = 1e-4;
-        gpu_compare_sums(found, expected, ones, (int)(n * C), shape);
+        gpu_compare_sums(found, expected, ones, (int)count, shape);
     } else {
         gpu_compare(found, expected, p->n, p->C, "%s", shape);
     }
 }
 
-static void check_case(int B, int T, int H, int D, int W, int docs) {
-    Problem p = problem(B, T, H, D, W, docs);
-    size_t n = (size_t)p.n, C = (size_t)p.C;
-    char shape[120];
-    snprintf(shape, sizeof shape, "B %d, T %d, H %d, D %d, W %d, documents %d", B, T, H, D, W,
-             docs);
-    forward(&p);
-    float *o = gpu_expected(n * C), *dqkv = gpu_expected(n * 3 * C);
-    size_t rows = n * (size_t)H;
-    float *lse = gpu_expected(rows), *lse_by_head = gpu_expected(rows), *sizes = gpu_expected(rows);
-    cpu::attention_forward(o, lse, p.qkv.host, p.in_row, W, B, T, H, D);
-    for (int i = 0; i < p.n * H; i++) {
-        int at = i % H * p.n + i / H;
+// Forward: o and lse. Returns the CPU's lse (n, H) and the GPU's o (n, C), for backward.
+static void check_forward(Problem *p, float *lse, float **rounded, const char *shape) {
+    size_t C = (size_t)p->C, count = (size_t)p->n * C, rows = (size_t)p->n * (size_t)p->H;
+    float *o = gpu_expected(count), *qkv = columns(p->qkv.host, p->n, p->ld, 0, 3 * p->C);
+    float *lse_by_head = gpu_expected(rows), *sizes = gpu_expected(rows);
+    cpu::attention_forward(o, lse, qkv, p->in_row, p->W, p->B, p->T, p->H, p->D);
+    for (int i = 0; i < p->n * p->H; i++) {
+        int at = i % p->H * p->n + i / p->H;
         lse_by_head[at] = lse[i];
         sizes[at] = 1 + fabsf(lse[i]);  // it may be the logarithm of about 1
     }
-    p.lse.tolerance = LSE_TOLERANCE;
-    gpu_compare(p.o, o, p.n, p.C, "%s", shape);
-    gpu_compare_sums(p.lse, lse_by_head, sizes, p.n * H, shape);
-    backward(&p);  // both from the GPU's o: its rounding is forward's matter
-    cpu::attention_backward(dqkv, p.dout.host, p.o.host, lse, p.qkv.host, p.in_row, W, B, T, H, D);
-    for (int part = 0; part < 3; part++) compare_gradient(&p, dqkv, part, shape);
+    forward(p);
+    gpu_read(p->o);
+    check_gap(p->o, p->n, p->ldo, p->C, shape);
+    *rounded = columns(p->o.host, p->n, p->ldo, 0, p->C);
+    GpuArray<floatX> found = gpu_copy<floatX>("o", *rounded, count);
+    gpu_compare(found, o, p->n, p->C, "%s", shape);
+    p->lse.tolerance = LSE_TOLERANCE;
+    gpu_compare_sums(p->lse, lse_by_head, sizes, p->n * p->H, shape);
+}
+
+static void check_problem(Problem *p, const char *docs) {
+    size_t count = (size_t)p->n * (size_t)p->C;
+    float *dqkv = gpu_expected(3 * count), *lse = gpu_expected((size_t)p->n * (size_t)p->H), *o;
+    char shape[120];
+    snprintf(shape, sizeof shape, "B %d, T %d, H %d, D %d, W %d, ld %d, %s", p->B, p->T, p->H, p->D,
+             p->W, p->ld, docs);
+    check_forward(p, lse, &o, shape);
+    backward(p);  // both from the GPU's o: its rounding is forward's matter
+    cpu::attention_backward(dqkv, columns(p->dout.host, p->n, p->ldo, 0, p->C), o, lse,
+                            columns(p->qkv.host, p->n, p->ld, 0, 3 * p->C), p->in_row, p->W, p->B,
+                            p->T, p->H, p->D);
+    gpu_read(p->dqkv);
+    check_gap(p->dqkv, p->n, p->ld, 3 * p->C, shape);
+    for (int part = 0; part < 3; part++) compare_gradient(p, dqkv, part, shape);
     gpu_end_case();
+}
+
+static void check_case(int B, int T, int H, int D, int W, int docs) {
+    static const char *const names[] = {"rows", "documents of a token", "documents", "at edges"};
+    Problem p = problem(B, T, H, D, W, docs, docs == DOCS_MIX);
+    check_problem(&p, names[docs]);
 }
 
 // Windows of all kinds, those that reach beyond the row once; all kinds of documents.
@@ -123,7 +162,7 @@ static void check_shape(int B, int T, int H, int D) {
 TEST(one_row) {
     for (int D : head_sizes) {
         if (grid_small) check_case(1, 70, 1, D, 40, DOCS_MIX);
-        for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 192})
+        for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 192, 300})
             if (!grid_small)
                 check_shape(1, T, T <= 2 ? 8 : 2, D);  // few pairs may cancel: more heads
     }
@@ -144,10 +183,41 @@ TEST(long_row) {
     check_case(1, 1000, 2, 128, 1000, DOCS_MIX);
 }
 
+// More rows of a head than there are processors; tiles that end with rows, and do not.
+TEST(many_rows) {
+    for (int D : head_sizes)
+        if (D >= 64)
+            for (int docs = 0; docs <= DOCS_EDGES; docs++) {
+                check_case(8, 512, 6, D, 512, docs);
+                check_case(8, 512, 6, D, 200, docs);
+                check_case(5, 192, 12, D, 100, docs);
+                check_case(33, 64, 7, D, 64, docs);
+            }
+}
+
+// Scores of up to some hundreds, which rise and fall along the row. Of BF16 inputs: their products are
+// exact; of FP32 ones the rounding of such scores is more than what is allowed.
+TEST(large_scores) {
+    if (sizeof(floatX) == sizeof(float)) return;
+    for (int D : head_sizes) {
+        Problem p = problem(1, grid_small ? 130 : 1000, 1, D, 1000, DOCS_ONE, false);
+        float *qkv = gpu_expected(p.qkv.count);
+        for (size_t i = 0; i < p.qkv.count; i++) {
+            size_t t = i / (size_t)p.ld, column = i % (size_t)p.ld;
+            float factor = column < 2 * (size_t)p.C ? 1 + (float)(t / 100 % 4) : 1;
+            qkv[i] = p.qkv.host[i] * factor;
+        }
+        p.qkv = gpu_copy<floatX>("qkv", qkv, p.qkv.count);
+        float *lse = gpu_expected((size_t)p.n), *o;
+        check_forward(&p, lse, &o, "large scores");
+        gpu_end_case();
+    }
+}
+
 // The same call twice, over other rubbish: the same bits.
 TEST(same_bits_again) {
     for (int D : head_sizes) {
-        Problem p = problem(grid_small ? 1 : 3, grid_small ? 65 : 500, 2, D, 130, DOCS_MIX);
+        Problem p = problem(grid_small ? 1 : 3, grid_small ? 65 : 500, 2, D, 130, DOCS_MIX, false);
         size_t o_bytes = p.o.count * sizeof(float), dqkv_bytes = p.dqkv.count * sizeof(float);
         float *o = gpu_expected(p.o.count), *dqkv = gpu_expected(p.dqkv.count);
         for (int i = 0; i < (grid_small ? 2 : 5); i++) {
@@ -195,9 +265,30 @@ static void bench(const char *name, const Problem *p, const char *docs, double p
     for (int i = 0; i <= CALLS; i++) CUDA_CHECK(cudaEventDestroy(event[i]));
 }
 
+// What a call costs the host, until it returns.
+static void bench_host(void) {
+    const int calls = 100;  // fewer than the stream holds
+    Problem p = problem(1, 64, 1, 128, 64, DOCS_ONE, false);
+    for (void (*call)(const Problem *) : {forward, backward}) {
+        call(&p);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        double start = test_seconds();
+        for (int i = 0; i < calls; i++) call(&p);
+        printf("%-9s host: %.2f us a call\n", call == forward ? "forward" : "backward",
+               1e6 * (test_seconds() - start) / calls);
+        CUDA_CHECK(cudaDeviceSynchronize());
+    }
+#ifdef HOPPER
+    double start = test_seconds();
+    for (int i = 0; i < calls; i++) tile_map(p.qkv.device, p.n, p.C, p.ld);
+    printf("tile_map  host: %.2f us\n", 1e6 * (test_seconds() - start) / calls);
+#endif
+    gpu_end_case();
+}
+
 // length: of documents, on average; 0: rows are documents.
 static void bench_shape(int B, int T, int H, int D, int W, int length) {
-    Problem p = problem(B, T, H, D, W, DOCS_ONE);
+    Problem p = problem(B, T, H, D, W, DOCS_ONE, false);
     RandKey key = gpu_fresh_key();
     int *start = gpu_expected<int>((size_t)p.n);
     double pairs = 0;
@@ -217,15 +308,19 @@ static void bench_shape(int B, int T, int H, int D, int W, int length) {
 int main(int argc, char **argv) {
     gpu_test_begin();
     if (argc > 1 && !strcmp(argv[1], "bench")) {
+        bench_host();
         bench_shape(32, 2048, 6, 128, 2048, 0);
         bench_shape(32, 2048, 6, 128, 512, 0);
         bench_shape(32, 2048, 6, 128, 2048, 700);
+        bench_shape(16, 2048, 16, 128, 2048, 0);
         bench_shape(64, 1024, 12, 64, 1024, 0);
         return 0;
     }
     RUN(one_row);
     RUN(rows);
     if (!grid_small) RUN(long_row);
+    if (!grid_small) RUN(many_rows);
+    RUN(large_scores);
     RUN(same_bits_again);
     return test_end();
 }

@@ -1,7 +1,11 @@
 // test_cudnn_attention.cu: cuDNN's attention (llmc/cudnn_attention.h) against our own
-// (llmc/attention.cuh); with the argument `bench`, the speed of both. Built with USE_CUDNN=1 only.
+// (llmc/attention.cuh, llmc/attention_sm90.cuh); with the argument `bench`, the speed of both. Built with USE_CUDNN=1 only.
 #include "dev/test/gpu/test_gpu.cuh"
-#include "llmc/attention.cuh"      // attention_forward, attention_backward
+#ifdef HOPPER
+#include "llmc/attention_sm90.cuh"  // attention_forward, attention_backward
+#else
+#include "llmc/attention.cuh"  // attention_forward, attention_backward
+#endif
 #include "llmc/cudnn_attention.h"  // cudnn_attention_forward, cudnn_attention_backward
 
 constexpr size_t ROOM = (size_t)4 << 30;  // for the deterministic backward
@@ -43,18 +47,18 @@ static void own_backward(Problem *p) {
                        p->W, p->C, 3 * p->C, 0);
 }
 
-static void cudnn_forward(CudnnAttention *a, Problem *p) {
+static void cudnn_forward(CudnnAttention *a, Problem *p, cudaStream_t stream = 0) {
     const bf16 *q = p->qkv.device;
     cudnn_attention_forward(a, p->o.device, p->lse.device, q, q + p->C, q + 2 * p->C, p->work, p->n,
-                            p->T, p->H, p->D, p->W, p->C, 3 * p->C, 0);
+                            p->T, p->H, p->D, p->W, p->C, 3 * p->C, stream);
 }
 
-static void cudnn_backward(CudnnAttention *a, Problem *p) {
+static void cudnn_backward(CudnnAttention *a, Problem *p, cudaStream_t stream = 0) {
     const bf16 *q = p->qkv.device;
     bf16 *dq = p->dqkv.device;
     cudnn_attention_backward(a, dq, dq + p->C, dq + 2 * p->C, p->dout.device, p->o.device,
                              p->lse.device, q, q + p->C, q + 2 * p->C, p->work, p->n, p->T, p->H,
-                             p->D, p->W, p->C, 3 * p->C, 0);
+                             p->D, p->W, p->C, 3 * p->C, stream);
 }
 
 // Both on the same numbers; dq, dk and dv are compared apart, lest one hides behind another.
@@ -126,6 +130,39 @@ TEST(same_bits_again) {
     cudnn_attention_free(a);
 }
 
+// As in the trainer: once as it is, then captured, and replayed twice. The same bits each time.
+TEST(steps_of_a_graph) {
+    CudnnAttention *a = cudnn_attention_init(ROOM);
+    Problem p = problem(a, 2, 256, 3, 128, 100);
+    size_t bytes = p.dqkv.count * sizeof(float);
+    float *first = gpu_expected(p.dqkv.count);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudnn_forward(a, &p);
+    cudnn_backward(a, &p);
+    memcpy(first, gpu_read(p.dqkv), bytes);
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    cudnn_forward(a, &p, stream);
+    cudnn_backward(a, &p, stream);
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    for (int i = 0; i < 2; i++) {
+        CUDA_CHECK(cudaMemset(p.dqkv.device, 0xff, p.dqkv.count * sizeof(bf16)));
+        CUDA_CHECK(cudaMemset(p.o.device, 0xff, p.o.count * sizeof(bf16)));
+        CUDA_CHECK(cudaDeviceSynchronize());
+        CUDA_CHECK(cudaGraphLaunch(exec, stream));
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        CHECK(!memcmp(first, gpu_read(p.dqkv), bytes));
+    }
+    CUDA_CHECK(cudaGraphExecDestroy(exec));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+    gpu_end_case();
+    cudnn_attention_free(a);
+}
+
 // ---------------------------------------------------------------------------------------------
 
 // Prints time and speed of 20 calls; FLOPs count the pairs of query and key that see each other.
@@ -176,5 +213,6 @@ int main(int argc, char **argv) {
     RUN(like_ours);
     RUN(like_ours_deterministic);
     RUN(same_bits_again);
+    RUN(steps_of_a_graph);
     return test_end();
 }

@@ -1,10 +1,10 @@
 // test_feed.cu: micro-batches on their way to the GPU (llmc/feed.cuh): what arrives is what the
 // loader gave.
 #include "dev/test/gpu/test_gpu.cuh"
-#include "llmc/feed.cuh"  // feed_init, feed_load, feed_put, feed_get
+#include "llmc/feed.cuh"  // feed_init, feed_load, feed_put, feed_send, feed_get
 #include "llmc/io.h"      // io_write_file
 
-constexpr int SLOTS = 3, MAX_ROWS = 7, MAX_T = 129;
+constexpr int SLOTS = 3, PLACES = 2, MAX_ROWS = 7, MAX_T = 129;
 constexpr int V = 60000, BOS = V - 1;
 
 static int below(int n) {
@@ -67,12 +67,13 @@ static int *documents(const int *tokens, int rows, int T, bool doc_mask) {
     return start;
 }
 
-// The batch in a slot is of these tokens. targets may be NULL: then they are not looked at.
-static void check_batch(Feed *f, int slot, const int *tokens, const int *targets, int rows, int T,
-                        bool doc_mask) {
+// A slot sent to a place is of these tokens there. Without targets they are not looked at.
+static DeviceBatch check_batch(Feed *f, int slot, int place, const int *tokens, const int *targets,
+                               int rows, int T, bool doc_mask) {
     cudaStream_t compute;
     CUDA_CHECK(cudaStreamCreateWithFlags(&compute, cudaStreamNonBlocking));
-    DeviceBatch b = feed_get(f, slot, compute);
+    DeviceBatch b = feed_send(f, slot, place, compute), same = feed_get(f, place, rows, T);
+    CHECK(!memcmp(&b, &same, sizeof b));
     CHECK_INT(b.n, rows * T);
     CHECK_INT(b.rows, rows);
     CHECK_INT(b.T, T);
@@ -80,14 +81,15 @@ static void check_batch(Feed *f, int slot, const int *tokens, const int *targets
     check_ints("doc_start", b.doc_start, documents(tokens, rows, T, doc_mask), b.n, compute);
     if (targets) check_ints("targets", b.targets, targets, b.n, compute);
     CUDA_CHECK(cudaStreamDestroy(compute));
+    return b;
 }
 
-static void check_index(const Feed *f, int slot, const int *tokens, int n) {
+static void check_index(EmbedIndex index, const int *tokens, int n) {
     int *counts = gpu_expected<int>(V);
     char *memory = gpu_expected<char>(embed_index_bytes(n));
     size_t used = embed_index_build(memory, tokens, n, V, counts);
     char *found = gpu_expected<char>(used);
-    CUDA_CHECK(cudaMemcpy(found, f->slot[slot].device.index.counts, used, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(found, index.counts, used, cudaMemcpyDeviceToHost));
     EmbedIndex a = embed_index_at(found, n), b = embed_index_at(memory, n);
     CHECK_INT(a.counts->pieces, b.counts->pieces);
     CHECK_INT(a.counts->splits, b.counts->splits);
@@ -104,15 +106,16 @@ static void check_loads(int rows, int T, bool doc_mask) {
     Loader loader, same;
     Feed f;
     loader_init(&loader, &config, 0, 1), loader_init(&same, &config, 0, 1);
-    feed_init(&f, &test_gpu, &c, MAX_ROWS, MAX_T, SLOTS);
+    feed_init(&f, &test_gpu, &c, MAX_ROWS * MAX_T, MAX_ROWS, SLOTS, PLACES);
     for (int round = 0; round < 3; round++) {
         for (int slot = 0; slot < SLOTS; slot++) feed_load(&f, slot, &loader, rows, T);
         for (int slot = 0; slot < SLOTS; slot++) {
             int n = rows * T, *tokens = gpu_expected<int>(n), *targets = gpu_expected<int>(n);
             loader_next(&same, tokens, targets, rows);
-            check_batch(&f, slot, tokens, targets, rows, T, doc_mask);
-            check_index(&f, slot, tokens, n);
-            CHECK(!memcmp(f.slot[slot].host.targets, targets, n * sizeof *targets));
+            DeviceBatch b =
+                check_batch(&f, slot, slot % PLACES, tokens, targets, rows, T, doc_mask);
+            check_index(b.index, tokens, n);
+            CHECK(!memcmp(f.slot[slot].batch.targets, targets, n * sizeof *targets));
             for (int i = 0; i < rows; i++) {
                 LoaderOrigin a = f.slot[slot].origin[i], b = loader_origin(&same, i);
                 CHECK(a.token == b.token && a.epoch == b.epoch && a.row == b.row);
@@ -132,20 +135,21 @@ TEST(loads) {
     check_loads(3, 65, false);
 }
 
-// Given tokens, of fewer and shorter rows than there is room for, with and without targets.
+// Given tokens, of fewer, more and shorter rows than the loader's, with and without targets.
 TEST(puts) {
     Config c = make_config(true);
     Feed f;
-    feed_init(&f, &test_gpu, &c, MAX_ROWS, MAX_T, SLOTS);
-    for (int rows : {1, 5, MAX_ROWS})
+    feed_init(&f, &test_gpu, &c, MAX_ROWS * MAX_T, MAX_ROWS, SLOTS, PLACES);
+    for (int rows : {1, 5, MAX_ROWS, 4 * MAX_ROWS})
         for (int T : {1, 2, 63, MAX_T}) {
+            if (rows * T > MAX_ROWS * MAX_T) continue;
             int n = rows * T, *tokens = gpu_expected<int>(n), *targets = gpu_expected<int>(n);
             for (int i = 0; i < n; i++)
                 tokens[i] = below(5) ? below(1000) : BOS, targets[i] = below(1000);
             feed_put(&f, 1, tokens, targets, rows, T);
-            check_batch(&f, 1, tokens, targets, rows, T, true);
+            check_batch(&f, 1, 0, tokens, targets, rows, T, true);
             feed_put(&f, 1, targets, NULL, rows, T);
-            check_batch(&f, 1, targets, NULL, rows, T, true);
+            check_batch(&f, 1, 0, targets, NULL, rows, T, true);
             gpu_end_case();
         }
     feed_free(&f);
@@ -161,12 +165,13 @@ static void bench(void) {
     Feed f;
     double load = 0, send = 0;
     loader_init(&loader, &config, 0, 1);
-    feed_init(&f, &test_gpu, &c, rows, T, 1);
+    feed_init(&f, &test_gpu, &c, rows * T, rows, 1, 1);
     for (int i = 0; i < times; i++) {
         double start = test_seconds();
         feed_load(&f, 0, &loader, rows, T);
         double loaded = test_seconds();
-        CUDA_CHECK(cudaStreamSynchronize(f.stream));
+        feed_send(&f, 0, 0, 0);
+        CUDA_CHECK(cudaStreamSynchronize(0));
         double sent = test_seconds();
         usleep(100000);  // as a step would take: the loader's thread goes ahead
         if (i) load += loaded - start, send += sent - loaded;

@@ -1,7 +1,8 @@
-// test_matmul.cu: products (llmc/matmul.cuh) against sums in double on the host.
+// test_matmul.cu: products (llmc/matmul.cuh) against sums in double on the host. `test_matmul
+// bench` times those that cuBLASLt has not.
 #include <cuda_fp8.h>
 
-#include "dev/test/gpu/test_gpu.cuh"
+#include "dev/test/gpu/test_tokens.cuh"  // filled_array
 #include "llmc/matmul.cuh"  // matmul_forward, matmul_dgrad, matmul_wgrad, matmul_batched
 
 static Matmul mm;
@@ -128,6 +129,42 @@ TEST(batched) {
         }
 }
 
+// Symmetric products: X X^T, X^T X, and with what is added; whole blocks of (128, 128), which a kernel
+// of Hopper's makes one side of the diagonal of, and other sizes.
+TEST(square) {
+    static const struct {
+        int M, K, batch;
+    } shape[] = {{8, 8, 1},      {48, 192, 3},  {128, 64, 1},   {128, 128, 3},
+                 {256, 320, 2},  {384, 384, 5}, {192, 192, 2},  {640, 72, 1},
+                 {640, 128, 30}, {768, 768, 3}, {768, 3072, 2}, {1536, 1536, 1}};
+    for (int i = 0; i < (grid_small ? 5 : 12); i++)
+        for (int kind = 0; kind < 4; kind++) {
+            int M = shape[i].M, K = shape[i].K, batch = shape[i].batch;
+            bool tx = kind & 1, add = kind & 2;
+            float alpha = add ? 0.75f : 1, beta = add ? -1.5f : 0;
+            size_t count = (size_t)batch * M * M;
+            GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)batch * M * K, 1);
+            GpuArray<floatX> c = gpu_normal<floatX>("c", count, 10);
+            for (size_t at = 0; at < count; at++) {
+                size_t row = at / M % M, column = at % M;
+                if (column > row) c.host[at] = c.host[at - at % (M * M) + column * M + row];
+            }
+            c = gpu_copy<floatX>("c", c.host, count);
+            GpuArray<floatX> d = gpu_poisoned<floatX>("d", count);
+            GpuArray<floatX> again = gpu_poisoned<floatX>("again", count);
+            float *expected = gpu_expected(count);
+            reference(expected, x.host, tx, x.host, !tx, add ? c.host : NULL, alpha, beta, M, M, K,
+                      batch);
+            for (const GpuArray<floatX> &out : {d, again})
+                matmul_square(&mm, out.device, x.device, tx, add ? c.device : NULL, alpha, beta, M,
+                              K, batch, 0);
+            gpu_compare(d, expected, batch * M, M, "M %d, K %d, batch %d, kind %d", M, K, batch,
+                        kind);
+            CHECK(same_bits(d, again));
+            gpu_end_case();
+        }
+}
+
 // The same call gives the same bits, whatever ran before it and lies in the workspace.
 TEST(same_bits_again) {
     for (int n : {1, 65, grid_small ? 128 : 1000}) {
@@ -157,6 +194,150 @@ TEST(same_bits_again) {
         gpu_end_case();
     }
 }
+
+// ---------------------------------------------------------------------------------------------
+// ReLU^2 behind a product. Whether or not a kernel does both, the same must lie in memory.
+
+// What a case is made of: a (n, sum), b (columns, sum) or, in backward, (sum, columns), and the
+// product (n, columns).
+typedef struct {
+    int n, columns, sum;
+    GpuArray<floatX> a, b;
+    float *product;
+} Relu2;
+#define RELU2_SHAPE "n %d, columns %d, sum %d", c.n, c.columns, c.sum
+
+static Relu2 relu2_case(int n, int columns, int sum, bool backward) {
+    Relu2 c = {n,
+               columns,
+               sum,
+               gpu_normal<floatX>("a", (size_t)n * (size_t)sum, 1),
+               gpu_normal<floatX>("b", (size_t)columns * (size_t)sum, 1),
+               gpu_expected((size_t)n * (size_t)columns)};
+    reference(c.product, c.a.host, false, c.b.host, !backward, NULL, 1, 0, n, columns, sum, 1);
+    return c;
+}
+
+static GpuArray<floatX> relu2_result(const char *name, const Relu2 *c) {
+    return gpu_poisoned<floatX>(name, (size_t)c->n * (size_t)c->columns);
+}
+
+static void run_forward(const Relu2 *c, GpuArray<floatX> &y, cudaStream_t stream) {
+    matmul_forward(&mm, y.device, matmul_operand(c->a.device), matmul_operand(c->b.device),
+                   {MATMUL_RELU2}, c->n, c->sum, c->columns, stream);
+}
+
+static void run_backward(const Relu2 *c, GpuArray<floatX> &dz, const GpuArray<floatX> &y,
+                         cudaStream_t stream) {
+    matmul_dgrad(&mm, dz.device, matmul_operand(c->a.device), matmul_operand(c->b.device),
+                 {MATMUL_RELU2_BACKWARD, y.device}, c->n, c->columns, c->sum, stream);
+}
+
+static void check_relu2_forward(int n, int columns, int sum) {
+    Relu2 c = relu2_case(n, columns, sum, false);
+    GpuArray<floatX> y = relu2_result("y", &c), again = relu2_result("again", &c);
+    run_forward(&c, y, 0);
+    run_forward(&c, again, 0);
+    cpu::relu2_forward(c.product, c.product, (int64_t)y.count);
+    gpu_compare(y, c.product, n, columns, RELU2_SHAPE);
+    CHECK(same_bits(y, again));
+    gpu_end_case();
+}
+
+static void check_relu2_backward(int n, int columns, int sum) {
+    Relu2 c = relu2_case(n, columns, sum, true);
+    GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * (size_t)columns, 2);
+    float *square = gpu_expected(x.count);
+    cpu::relu2_forward(square, x.host, (int64_t)x.count);
+    GpuArray<floatX> y = gpu_copy<floatX>("y", square, x.count);
+    GpuArray<floatX> dz = relu2_result("dz", &c), again = relu2_result("again", &c);
+    run_backward(&c, dz, y, 0);
+    run_backward(&c, again, y, 0);
+    cpu::relu2_backward(c.product, c.product, x.host, (int64_t)x.count);
+    gpu_compare(dz, c.product, n, columns, RELU2_SHAPE);
+    for (size_t i = 0; i < x.count; i++)
+        if (x.host[i] <= 0 && dz.host[i] != 0) {
+            test_check(false, __FILE__, __LINE__, "dz[%zu] is %g where x is %g", i, dz.host[i],
+                       x.host[i]);
+            break;
+        }
+    CHECK(same_bits(dz, again));
+    gpu_end_case();
+}
+
+// Sizes that a kernel of Hopper's takes and sizes that it does not; at the end more tiles than SMs,
+// in several bands.
+static void each_relu2(void (*check)(int n, int columns, int sum)) {
+    static const int shape[][2] = {{256, 64}, {256, 128}, {8, 48},     {384, 128},
+                                   {256, 72}, {768, 320}, {3072, 768}, {768, 3072}};
+    for (auto s : shape)
+        for (int n : {1, 64, 65, 127, 128, 129, 256, 257, 1000})
+            if (!grid_small || (n < 130 && s[0] < 768)) check(n, s[0], s[1]);
+    if (!grid_small) check(9000, 3072, 192);
+}
+
+TEST(relu2_epilogue) { each_relu2(check_relu2_forward); }
+TEST(relu2_backward_epilogue) { each_relu2(check_relu2_backward); }
+
+// NaN stays NaN on its way through, and spoils nothing but its row; so does infinity.
+TEST(relu2_not_finite) {
+    for (int columns : {256, 264}) {
+        Relu2 c = relu2_case(130, columns, 128, false);
+        for (int k = 0; k < c.sum; k++) c.a.host[5 * c.sum + k] = 0, c.a.host[129 * c.sum + k] = 0;
+        c.a.host[5 * c.sum + 77] = NAN, c.a.host[129 * c.sum] = INFINITY;
+        c.a = gpu_copy<floatX>("a", c.a.host, c.a.count);
+        GpuArray<floatX> y = relu2_result("y", &c), dz = relu2_result("dz", &c);
+        run_forward(&c, y, 0);
+        run_backward(&c, dz, y, 0);
+        gpu_read(y), gpu_read(dz);
+        for (int i = 0; i < 130 * columns; i++) {
+            int row = i / columns;
+            if (row == 5 ? isnan(y.host[i]) && isnan(dz.host[i])
+                         : row == 129 || (isfinite(y.host[i]) && isfinite(dz.host[i])))
+                continue;
+            CHECK_INT(i, -1);
+            break;
+        }
+        int right = 0;  // infinite where b is positive, 0 where it is negative
+        for (int j = 0; j < columns; j++) {
+            float b = c.b.host[j * c.sum], found = y.host[129 * columns + j];
+            right += b > 0 ? found == INFINITY : b < 0 ? found == 0 : 1;
+        }
+        CHECK_INT(right, columns);
+        gpu_end_case();
+    }
+}
+
+// Both kinds, captured, leave the same bits as launched.
+TEST(relu2_captured) {
+    Relu2 c = relu2_case(200, 512, 128, false);
+    GpuArray<floatX> y = relu2_result("y", &c), y_replayed = relu2_result("y replayed", &c);
+    GpuArray<floatX> dz = relu2_result("dz", &c), dz_replayed = relu2_result("dz replayed", &c);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    run_forward(&c, y_replayed, stream);
+    run_backward(&c, dz_replayed, y_replayed, stream);
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    run_forward(&c, y, stream);
+    run_backward(&c, dz, y, stream);
+    for (int i = 0; i < 2; i++) {
+        CUDA_CHECK(cudaMemsetAsync(y_replayed.device, 0xff, y.count * sizeof(floatX), stream));
+        CUDA_CHECK(cudaGraphLaunch(exec, stream));
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CHECK(same_bits(y, y_replayed) && same_bits(dz, dz_replayed));
+    CUDA_CHECK(cudaGraphExecDestroy(exec));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+    gpu_end_case();
+}
+
+// ---------------------------------------------------------------------------------------------
 
 // More shapes than the table of plans holds, as samples bring them.
 TEST(more_shapes_than_plans) {
@@ -249,14 +430,105 @@ TEST(fp8_operands) {
 }
 #endif
 
-int main(void) {
+// ---------------------------------------------------------------------------------------------
+// Bench: a product that ends in ReLU^2 beside cuBLASLt's and a kernel for ReLU^2.
+
+// Times ours() and theirs() by turns, each call by itself, and prints the medians: a GPU that comes
+// to its power limit lowers its clocks for tenths of a second.
+template <class Ours, class Theirs>
+static void compare(const char *name, int n, int columns, int sum, Ours ours, Theirs theirs) {
+    enum { TIMES = 51 };
+    static cudaEvent_t event[TIMES][3];
+    double us[2][TIMES], flops = 2.0 * n * columns * sum;
+    for (int i = -20; i < TIMES; i++) {
+        for (int k = 0; i >= 0 && k < 3; k++)
+            if (!event[i][k]) CUDA_CHECK(cudaEventCreate(&event[i][k]));
+        if (i >= 0) CUDA_CHECK(cudaEventRecord(event[i][0]));
+        ours();
+        if (i >= 0) CUDA_CHECK(cudaEventRecord(event[i][1]));
+        theirs();
+        if (i >= 0) CUDA_CHECK(cudaEventRecord(event[i][2]));
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < TIMES; i++) {
+            float ms = 0;
+            CUDA_CHECK(cudaEventElapsedTime(&ms, event[i][k], event[i][k + 1]));
+            us[k][i] = 1e3 * ms;
+        }
+        qsort(us[k], TIMES, sizeof(double), [](const void *a, const void *b) {
+            double x = *(const double *)a, y = *(const double *)b;
+            return (x > y) - (x < y);
+        });
+    }
+    double our = us[0][TIMES / 2], their = us[1][TIMES / 2];
+    printf("%-14s %s  n %6d  columns %4d  sum %4d  %8.1f us %4.0f TFLOP/s  (%.0f to %.0f)   "
+           "cuBLASLt%s %8.1f us   %.3f\n",
+           name, PRECISION_NAME, n, columns, sum, our, 1e-6 * flops / our, us[0][TIMES / 10],
+           us[0][TIMES - 1 - TIMES / 10], strstr(name, "relu2") ? " + kernel" : "", their,
+           our / their);
+}
+
+static void lines(int n, int C) {
+    int F = 4 * C;
+    size_t nF = (size_t)n * F;
+    floatX *x = filled_array<floatX>((size_t)n * C), *w = filled_array<floatX>((size_t)F * C),
+           *y = filled_array<floatX>(nF), *dz = filled_array<floatX>(nF);
+    MatmulOperand X = matmul_operand(x), W = matmul_operand(w);
+    compare(
+        "fc relu2", n, F, C, [=] { matmul_forward(&mm, y, X, W, {MATMUL_RELU2}, n, C, F, 0); },
+        [=] {
+            matmul_forward(&mm, y, X, W, {MATMUL_STORE}, n, C, F, 0);
+            relu2_forward(y, nF, 0);
+        });
+    compare(
+        "relu2 backward", n, F, C,
+        [=] {
+            matmul_dgrad(&mm, dz, X, W, {MATMUL_RELU2_BACKWARD, y}, n, F, C, 0);
+        },
+        [=] {
+            matmul_dgrad(&mm, dz, X, W, {MATMUL_STORE}, n, F, C, 0);
+            relu2_backward(dz, y, nF, 0);
+        });
+    gpu_end_case();
+}
+
+// Muon's, in batches of as many as its scratch holds. TFLOP/s count both halves.
+static void square_lines(int M, int K, int batch) {
+    floatX *x = filled_array<floatX>((size_t)batch * M * K),
+           *a = filled_array<floatX>((size_t)batch * M * M),
+           *d = filled_array<floatX>((size_t)batch * M * M);
+    for (bool tx : {false, true})
+        compare(
+            tx ? "X^T X" : "X X^T", batch * M, M, K,
+            [=] { matmul_square(&mm, a, x, tx, NULL, 1, 0, M, K, batch, 0); },
+            [=] { matmul_batched(&mm, a, x, tx, x, !tx, NULL, 1, 0, M, M, K, batch, 0); });
+    compare(
+        "b A + c A^2", batch * M, M, M,
+        [=] { matmul_square(&mm, d, a, false, a, 2, -1, M, M, batch, 0); },
+        [=] { matmul_batched(&mm, d, a, false, a, false, a, 2, -1, M, M, M, batch, 0); });
+    gpu_end_case();
+}
+
+int main(int argc, char **argv) {
     gpu_test_begin();
     matmul_init(&mm, &test_gpu);
+    if (argc > 1 && !strcmp(argv[1], "bench")) {
+        for (int i = 0; i < 2; i++) lines(131072, 768), lines(65536, 768), lines(32768, 1536);
+        square_lines(1536, 1536, 56), square_lines(1536, 6144, 22);
+        square_lines(768, 768, 48), square_lines(768, 3072, 12);
+        return 0;
+    }
     RUN(forward);
     RUN(dgrad);
     RUN(wgrad_adds);
     RUN(batched);
+    RUN(square);
     RUN(same_bits_again);
+    RUN(relu2_epilogue);
+    RUN(relu2_backward_epilogue);
+    RUN(relu2_not_finite);
+    RUN(relu2_captured);
     RUN(more_shapes_than_plans);
     RUN(capture_in_a_graph);
 #ifndef PRECISION_FP32

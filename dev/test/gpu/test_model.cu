@@ -1,12 +1,14 @@
 // test_model.cu: the whole model on the GPU: against the oracle (dev/test/oracle.h), as on the CPU,
 // and against itself: the same bits twice, in a CUDA graph and without, and no update from what is
 // not finite. All activations are NaN before each step, so that none is read before it is written.
+// With arguments the program is the trainer: so it is run for its exit codes and messages.
 #define main train_gpt2cu_main
 #include "train_gpt2.cu"
 #undef main
 
 #include "dev/test/gpu/test_gpu.cuh"  // gpu_test_begin, grid_small
 #include "dev/test/oracle.h"          // test_oracle, test_optimizer, small_train
+#include "llmc/io.h"                  // io_write_file
 
 // ---------------------------------------------------------------------------------------------
 // What oracle.h asks for: model_step on tokens that are given, not loaded.
@@ -36,33 +38,29 @@ static StepResult end_step(Trainer *t) {
     return result;
 }
 
-// Micro-batch `micro` of the rows, sent to its slot; the stream waits for it.
-static DeviceBatch put_batch(Trainer *t, const int *rows, int64_t micro) {
-    Feed *f = &t->model.feed;
-    FeedSlot *s = feed_open(f, (int)micro, t->phase.micro_rows, t->phase.T);
-    DeviceBatch *b = &s->host;
-    trainer_micro_batch(t, rows, micro, b->tokens, b->targets);
-    feed_send(f, s, embed_index_build(b->index.counts, b->tokens, b->n, f->V, f->counts));
-    return feed_get(f, (int)micro, t->model.stream);
-}
+static bool without_graph;
 
-static void read_grads(Trainer *t, float *grads) {
-    CUDA_CHECK(cudaStreamSynchronize(t->model.stream));
-    CUDA_CHECK(cudaMemcpy(grads, t->model.grads, t->model.table.numel * sizeof(float),
-                          cudaMemcpyDeviceToHost));
-}
-
+// From a phase's second step on the work is a graph's, so what is held against the oracle is, too.
 static StepResult trainer_step(Trainer *t, const int *rows, int64_t it, StepTrace *keep) {
     Model *m = &t->model;
+    Feed *f = &m->feed;
     begin_step(t, it);
-    for (int64_t micro = 0; micro < t->phase.micro_steps; micro++) {
-        DeviceBatch b = put_batch(t, rows, micro);
-        size_t at = (size_t)micro * (size_t)b.n * (size_t)t->cfg.V;
-        model_accumulate(m, &b, &t->phase, micro, keep && keep->logits ? keep->logits + at : NULL);
+    for (int i = 0; i < t->phase.micro_steps; i++) {
+        FeedSlot *s = feed_open(f, i, t->phase.micro_rows, t->phase.T);
+        DeviceBatch *b = &s->batch;
+        trainer_micro_batch(t, rows, i, b->tokens, b->targets);
+        feed_close(f, s, embed_index_build(b->index.counts, b->tokens, b->n, f->V, f->counts));
+        feed_send(f, i, i, m->stream);
     }
-    if (keep && keep->grads) read_grads(t, keep->grads);
-    model_update(m);
-    return end_step(t);
+    if (without_graph)
+        step_work(m, &t->phase, NULL);
+    else
+        step_run(m, &t->phase, keep && keep->logits ? keep : NULL);
+    StepResult result = end_step(t);
+    if (keep && keep->grads)
+        CUDA_CHECK(cudaMemcpy(keep->grads, m->grads, m->table.numel * sizeof(float),
+                              cudaMemcpyDeviceToHost));
+    return result;
 }
 
 static void trainer_update(Trainer *t, const float *grads, int64_t it) {
@@ -84,35 +82,144 @@ TEST(same_command_same_bits) {
     small_free(&one, &a), small_free(&two, &b);
 }
 
-// A step's work captured in a graph: it neither allocates nor waits, and gives the same bits.
-TEST(step_in_a_graph) {
+// The same step in both: loss, norm and parameters have the same bits, and no block is held.
+static void check_same(Trainer *a, Trainer *b, StepResult x, StepResult y, int it) {
+    float *p = trainer_params(a), *q = trainer_params(b);
+    bool same = !memcmp(p, q, a->model.table.numel * sizeof(float)), held = false;
+    for (int i = 0; i < b->model.table.blocks; i++) held = held || b->model.held[i];
+    test_check(same && x.finite && x.loss == y.loss && x.grad_norm == y.grad_norm && !held,
+               __FILE__, __LINE__, "step %d: found loss %.17g, norm %.17g, expected %.17g, %.17g%s",
+               it, y.loss, y.grad_norm, x.loss, x.grad_norm, same ? "" : "; parameters differ");
+    free(p), free(q);
+}
+
+// The second step of a phase is captured, so it neither allocates nor waits; the later ones are the
+// same graph again. Other windows make another phase.
+TEST(steps_of_a_graph) {
     static Trainer plain, graphed;
     char flags[512];
-    int rows[SMALL_TOKENS];
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    snprintf(flags, sizeof flags, "%s 8", SMALL);
+    cudaGraphExec_t graph = NULL;
+    snprintf(flags, sizeof flags, "%s 4 --steps 8", SMALL);
     trainer_init(&plain, flags), trainer_init(&graphed, flags);
-    small_rows(rows, 0);
-    StepResult expected = trainer_step(&plain, rows, 0, NULL);
-    Model *m = &graphed.model;
-    DeviceBatch b = put_batch(&graphed, rows, 0);
-    CUDA_CHECK(cudaStreamSynchronize(m->feed.stream));
-    CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeGlobal));
-    begin_step(&graphed, 0);
-    model_accumulate(m, &b, &graphed.phase, 0, NULL);
-    model_update(m);
-    CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
-    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    CUDA_CHECK(cudaGraphLaunch(exec, m->stream));
-    StepResult found = end_step(&graphed);
-    float *p = trainer_params(&plain), *g = trainer_params(&graphed);
-    CHECK(found.finite && found.loss == expected.loss && found.grad_norm == expected.grad_norm);
-    CHECK(!memcmp(p, g, m->table.numel * sizeof(float)));
-    CUDA_CHECK(cudaGraphExecDestroy(exec));
-    CUDA_CHECK(cudaGraphDestroy(graph));
-    free(p), free(g);
+    for (int it = 0; it < (grid_small ? 3 : 8); it++) {
+        int rows[SMALL_TOKENS];
+        small_rows(rows, it);
+        if (it == 4) plain.phase.window[0] = graphed.phase.window[0] = 7;
+        without_graph = true;
+        StepResult expected = trainer_step(&plain, rows, it, NULL);
+        without_graph = false;
+        StepResult found = trainer_step(&graphed, rows, it, NULL);
+        check_same(&plain, &graphed, expected, found, it);
+        if (it % 4 >= 2) CHECK(graphed.model.graph == graph);
+        graph = graphed.model.graph;
+        CHECK((graph != NULL) == (it % 4 >= 1));
+    }
+    CHECK(!plain.model.graph);
     model_free(&plain.model), model_free(&graphed.model);
+}
+
+// A shard of random tokens of SMALL's vocabulary, in a folder of its own.
+static const char *small_shard(void) {
+    static char path[300];
+    const RandKey key = {6, 0, 99};
+    enum { COUNT = 4000 };
+    char *shard = (char *)die_alloc(SHARD_HEADER + 2 * COUNT, 1, "a shard");
+    int32_t header[] = {SHARD_MAGIC, SHARD_VERSION, COUNT};
+    memcpy(shard, header, sizeof header);
+    for (uint64_t i = 0; i < COUNT; i++)
+        ((uint16_t *)(shard + SHARD_HEADER))[i] = i ? rand_u32(key, i) % 130 : 3;
+    snprintf(path, sizeof path, "%s/shard.bin", test_make_dir());
+    if (io_write_file(path, shard, SHARD_HEADER + 2 * COUNT)) die(EXIT_DATA, "%s", io_error);
+    free(shard);
+    return path;
+}
+
+static void remove_shard(char *path) {
+    *strrchr(path, '/') = 0;
+    test_remove_dir(path);
+}
+
+// The loader's next 8 rows, as trainer_step takes them.
+static void next_rows(Loader *l, int *rows /* (SMALL_TOKENS) */) {
+    int inputs[SMALL_ROWS * 48], targets[SMALL_ROWS * 48];
+    loader_next(l, inputs, targets, SMALL_ROWS);
+    for (int i = 0; i < SMALL_TOKENS; i++)
+        rows[i] = i % 49 < 48 ? inputs[i / 49 * 48 + i % 49] : targets[i / 49 * 48 + 47];
+}
+
+// model_step, which reads a step ahead, on a loader, and validation and samples between steps:
+// beside plain steps on the same rows.
+TEST(steps_of_a_loader) {
+    static Trainer plain, ahead;
+    char flags[512], path[300];
+    Loader loader, same;
+    snprintf(path, sizeof path, "%s", small_shard());
+    for (int micro = 2; micro <= 8; micro *= 4) {
+        snprintf(flags, sizeof flags, "%s %d --steps 5", SMALL, micro);
+        trainer_init(&plain, flags), trainer_init(&ahead, flags);
+        RowsConfig config = {path, 48, 130, 3, true, true, 1};
+        loader_init(&loader, &config, 0, 1), loader_init(&same, &config, 0, 1);
+        for (int it = 0; it < 5; it++) {
+            int rows[SMALL_TOKENS];
+            double losses[96];
+            float logits[130];
+            next_rows(&same, rows);
+            without_graph = true;
+            StepResult expected = trainer_step(&plain, rows, it, NULL);
+            without_graph = false;
+            model_losses(&ahead.model, rows, rows, 2, 48, &ahead.phase, losses);
+            model_logits(&ahead.model, rows, 5, &ahead.phase, logits);
+            StepResult found = model_step(&ahead.model, &loader, &ahead.phase, &ahead.plan,
+                                          &ahead.flags, it, NULL);
+            LoaderState at = loader_state(&same);
+            check_same(&plain, &ahead, expected, found, it);
+            CHECK(!memcmp(&found.at, &at, sizeof at));
+        }
+        loader_free(&loader), loader_free(&same);
+        model_free(&plain.model), model_free(&ahead.model);
+    }
+    remove_shard(path);
+}
+
+TEST(memory_is_what_dry_run_says) {
+    static Trainer t;
+    char flags[512];
+    DescribeMemory rows[MODEL_MEMORY_ROWS];
+    double said = 0;
+    snprintf(flags, sizeof flags, "%s 4", SMALL);
+    trainer_init(&t, flags);
+    for (int i = model_memory(rows, &t.cfg, &t.plan) - 1; i >= 0; i--) said += rows[i].bytes;
+    CHECK_INT(t.model.gpu.taken, said);
+    model_free(&t.model);
+}
+
+static char self[300];  // this program
+
+// The trainer with these flags behind `environment`: its exit code, and a part of what it says.
+static void check_ends(const char *environment, const char *flags, int code, const char *part) {
+    char command[1000], said[4096];
+    snprintf(command, sizeof command, "%s '%s' %s 2>&1", environment, self, flags);
+    FILE *out = popen(command, "r");
+    said[fread(said, 1, sizeof said - 1, out)] = 0;
+    int status = pclose(out), found = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
+    test_check(found == code && strstr(said, part), __FILE__, __LINE__,
+               "%s: found exit code %d, expected %d and '%s'; it said: %s", flags, found, code,
+               part, said);
+}
+
+TEST(says_what_is_too_much) {
+    char path[300], small[700], large[800];
+    snprintf(path, sizeof path, "%s", small_shard());
+    snprintf(small, sizeof small, "--train '%s' %s 8", path, SMALL);
+    snprintf(large, sizeof large, "%s --depth 64 --channels 8192 --heads 64", small);
+    check_ends("", "--dry-run 1 --micro-batch 4096 --batch-tokens 8388608", EXIT_USAGE,
+               "--micro-batch 4096: found 8388608 tokens at once");
+    check_ends("", "--dry-run 1 --seq-len 1 --batch-tokens 1000000000000 --ratio 100000",
+               EXIT_USAGE, "--batch-tokens 1000000000000: found 1000000000000 rows");
+    check_ends("", large, EXIT_DEVICE, "GPU memory: needed ");
+    check_ends("CUDA_VISIBLE_DEVICES=", small, EXIT_DEVICE, "GPU: found none");
+    check_ends("CUDA_FORCE_PTX_JIT=1", small, EXIT_DEVICE, "make ARCH=");
+    remove_shard(path);
 }
 
 // A weight that is NaN, of a token that only row 5 has.
@@ -162,8 +269,10 @@ TEST(bad_gradient_is_named) {
     model_free(&t.model);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    if (argc > 1) return train_gpt2cu_main(argc, argv);
     gpu_test_begin();
+    self[readlink("/proc/self/exe", self, sizeof self - 1)] = 0;
     if (sizeof(floatX) == 4) {
         run_fixtures(grid_small ? "dev/test/fixtures/oracle_odd*" : "dev/test/fixtures/oracle_*",
                      test_oracle);
@@ -171,7 +280,7 @@ int main(void) {
         tolerance = {0.01, 0.05, 0.15, INFINITY, INFINITY, INFINITY};
         run_fixtures("dev/test/fixtures/oracle_*_d128*", test_oracle);
     }
-    RUN(step_in_a_graph);
+    RUN(steps_of_a_graph);
     if (grid_small) return test_end();  // under the sanitizers one model is slow enough
     if (sizeof(floatX) == 4) {
         run_fixtures("dev/test/fixtures/optim_*", test_optimizer);
@@ -180,6 +289,9 @@ int main(void) {
     RUN(same_command_same_bits);
     RUN(not_finite_no_update);
     RUN(bad_gradient_is_named);
+    RUN(steps_of_a_loader);
+    RUN(memory_is_what_dry_run_says);
+    RUN(says_what_is_too_much);
     RUN(padding_stays_zero);
     return test_end();
 }

@@ -1,0 +1,490 @@
+// gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It multiplies as fast;
+// but it knows neither ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once
+// more, nor that a matrix times its transpose is symmetric.
+//
+//     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
+//     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
+//     square           d (M, M)  = alpha op(x) op(x)^T + beta c, of each matrix of a batch
+//
+// Everything is stored row by row, without gaps, at multiples of 16 bytes. Sums are FP32, in one
+// order, and rounded once, at the end: the same call gives the same bits. NaN stays NaN. n is any
+// number from 1 on; gemm_sm90_fits and _squares tell which other sizes are taken. Nothing here
+// allocates or waits after gemm_sm90_init, and all can be captured in a CUDA graph.
+//
+// All are C (M, columns) = A (M, sum) B^T. What differs is how A and B lie in memory: their rows
+// run along the sum, or across it. Tensor cores take either.
+//
+// A BLOCK of threads stays on its SM and makes tile after tile of C, (128, 256) each. One thread,
+// the producer, has the TMA bring steps of 64 of the sum to a ring of 4 stages. Two groups of 4
+// warps multiply: each has half of the tile's rows, (64, 256) sums, 128 registers a thread.
+//
+//                 B: 256 columns                       a stage of the ring:
+//               +---------------------+                A (128, 64)    16 KB
+//     A: rows   | group 0: 0 .. 63    |                B (256, 64)    32 KB
+//               | group 1: 64 .. 127  |                two barriers: full, empty
+//               +---------------------+
+//
+// A tile's way to memory takes as long as a few steps of the sum, in which its group multiplies
+// nothing. So the groups take turns: group 1 begins its way out when group 0 has ended its own. It
+// follows group 0 by that much, and the tensor cores always have one group to work for:
+//
+//     group 0   multiply  | out | multiply        | out |
+//     group 1     multiply      | out | multiply        | out |         as far as the ring reaches
+//
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. What the product
+// is combined with (y, c) comes as two more steps of the ring, (128, 128) each.
+//
+// SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
+// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; the right one of
+// every other tile on the diagonal (-) is computed and dropped.
+//
+//     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18
+//     x D | m m | m m
+//     x x | D - | m m
+//     x x | x D | m m
+//     x x | x x | D -
+//     x x | x x | x D
+#ifndef LLMC_GEMM_SM90_CUH
+#define LLMC_GEMM_SM90_CUH
+
+#include <assert.h>
+#include <cudaTypedefs.h>  // PFN_cuTensorMapEncodeTiled_v12000
+#include <string.h>
+
+#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_*, wgmma_*, stmatrix
+
+constexpr int GEMM_ROWS = 128, GEMM_COLUMNS = 256;  // of a tile
+constexpr int GEMM_STEP = 64;                       // of the sum: 128 bytes, a box's width
+constexpr int GEMM_STAGES = 4;
+constexpr int GEMM_BAND = 16;  // tiles one above the other that are made together
+
+constexpr int GEMM_GROUP_THREADS = 128, GEMM_WARPS = 4;
+constexpr int GEMM_GROUPS = 2;  // that multiply; one more copies
+constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * GEMM_GROUP_THREADS;
+constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
+constexpr int GEMM_BOXES = 4;  // of (16, 64), for a warp's results on their way out
+
+constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;  // numbers of a box of y or c
+constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of what is across
+constexpr int GEMM_STAGE_BYTES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_STEP * (int)sizeof(bf16);
+
+static_assert(GEMM_STEP * sizeof(bf16) == 128, "a box's rows are those that are swizzled");
+static_assert(GEMM_ROWS == GEMM_GROUPS * GEMM_GROUP_ROWS && GEMM_COLUMNS == 256,
+              "wgmma of 64 by 256");
+static_assert(GEMM_GROUPS == 2, "turns are passed to and fro");
+
+// What becomes of a product.
+typedef enum {
+    GEMM_RELU2,
+    GEMM_RELU2_BACKWARD,
+    GEMM_SQUARE,         // A is B
+    GEMM_SQUARE_ACROSS,  // likewise, its rows across the sum
+    GEMM_SQUARE_ADD,     // alpha A A^T + beta c
+} GemmKind;
+
+template <GemmKind E> constexpr bool gemm_reads = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ADD;
+template <GemmKind E> constexpr bool gemm_symmetric = E >= GEMM_SQUARE;
+template <GemmKind E> constexpr bool gemm_a_across = E == GEMM_SQUARE_ACROSS;
+template <GemmKind E>
+constexpr bool gemm_b_across = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ACROSS;
+
+typedef struct {
+    bf16 a[GEMM_STAGES][GEMM_ROWS * GEMM_STEP];
+    bf16 b[GEMM_STAGES][GEMM_COLUMNS * GEMM_STEP];
+    bf16 out[GEMM_BOXES][GEMM_WARPS][GEMM_WARP_ROWS * GEMM_STEP];  // of the group whose turn it is
+    uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
+    uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
+    uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
+} GemmShared;
+
+constexpr int GEMM_SHARED_BYTES = (int)sizeof(GemmShared) + 1024;  // boxes begin at multiples of it
+static_assert(GEMM_SHARED_BYTES <= 227 << 10, "what an SM of sm_90 has for a block");
+
+// A call, as the kernel gets it. The matrices of a batch lie one below the other.
+typedef struct {
+    CUtensorMap a;         // (M, sum), boxes of (128, 64); across: (sum, M), (64, 64)
+    CUtensorMap b;         // (columns, sum), (256, 64); across: (sum, columns), (64, 64)
+    CUtensorMap in;        // (M, columns), (128, 64): y of backward, or c
+    CUtensorMap out;       // (M, columns), (16, 64)
+    CUtensorMap mirror;    // out in boxes of (64, 64)
+    int tiles;             // in all
+    int tiles_m, tiles_n;  // of a matrix, (128, 256) each
+    int side;              // M of a symmetric matrix
+    int sum;
+    float alpha, beta;
+} GemmCall;
+
+// ---------------------------------------------------------------------------------------------
+// Walking over tiles and stages.
+
+typedef struct {
+    int row, column;
+    int matrix;  // of the batch
+} GemmTile;
+
+// Tiles are made in bands, down each column of a band: those that are in work at once share rows of
+// A and of B, which L2 then has. Of a symmetric matrix: down each column, from the diagonal on.
+template <GemmKind E> __device__ __forceinline__ GemmTile gemm_tile(const GemmCall &call, int t) {
+    if (gemm_symmetric<E>) {
+        int n = 0, of_matrix = call.tiles_n * (call.tiles_m + 1 - call.tiles_n);
+        int m = t % of_matrix;
+        for (; m >= call.tiles_m - 2 * n; n++) m -= call.tiles_m - 2 * n;
+        return {(2 * n + m) * GEMM_ROWS, n * GEMM_COLUMNS, t / of_matrix};
+    }
+    int in_band = GEMM_BAND * call.tiles_n, top = t / in_band * GEMM_BAND;
+    int height = min(GEMM_BAND, call.tiles_m - top);
+    int m = top + t % in_band % height, n = t % in_band / height;
+    return {m * GEMM_ROWS, n * GEMM_COLUMNS, 0};
+}
+
+// A stage, and the parity of the phase in which it is filled.
+typedef struct {
+    int stage, parity;
+} GemmPlace;
+
+__device__ __forceinline__ void gemm_next(GemmPlace *p) {
+    if (++p->stage == GEMM_STAGES) p->stage = 0, p->parity ^= 1;
+}
+
+// This warp has read the stage.
+__device__ __forceinline__ void gemm_release(GemmShared *s, int stage) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) mbarrier_arrive(&s->empty[stage]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The producer.
+
+// Numbers k .. of the sum of `rows` rows of a factor, from `first` on; across: they are columns.
+template <bool ACROSS>
+__device__ __forceinline__ void gemm_load(bf16 *to, const CUtensorMap *map, int first, int rows,
+                                          int k, uint64_t *full) {
+    if (!ACROSS) tma_load(to, map, first, k, full);
+    for (int i = 0; ACROSS && i < rows; i += GEMM_STEP)
+        tma_load(to + i * GEMM_STEP, map, k, first + i, full);
+}
+
+template <GemmKind E>
+__device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call) {
+    constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
+    GemmPlace at = {0, 0};
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x) {
+        GemmTile tile = gemm_tile<E>(call, t);
+        int top = tile.matrix * call.side;        // of this matrix in what lies below one another
+        int top_across = tile.matrix * call.sum;  // and where rows run across the sum
+        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
+            uint64_t *full = &s->full[at.stage];
+            mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(full, GEMM_STAGE_BYTES);
+            gemm_load<A_ACROSS>(s->a[at.stage], &call.a, A_ACROSS ? tile.row : top + tile.row,
+                                GEMM_ROWS, A_ACROSS ? top_across + k : k, full);
+            gemm_load<B_ACROSS>(s->b[at.stage], &call.b, B_ACROSS ? tile.column : top + tile.column,
+                                GEMM_COLUMNS, B_ACROSS ? top_across + k : k, full);
+        }
+        for (int c = 0; gemm_reads<E> && c < GEMM_COLUMNS; c += 2 * GEMM_STEP, gemm_next(&at)) {
+            uint64_t *full = &s->full[at.stage];
+            bf16 *to = s->b[at.stage];
+            mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(full, 2 * GEMM_INPUT * sizeof(bf16));
+            for (int i = 0; i < 2; i++)
+                tma_load(to + i * GEMM_INPUT, &call.in, top + tile.row,
+                         tile.column + c + i * GEMM_STEP, full);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The groups that multiply.
+
+// What two neighbours of the product become; in: two of y or c.
+template <GemmKind E>
+__device__ __forceinline__ unsigned gemm_finish(const GemmCall &call, float low, float high,
+                                                unsigned in) {
+    __nv_bfloat162 x = reinterpret_cast<__nv_bfloat162 &>(in);
+    if (E == GEMM_RELU2) low = low <= 0 ? 0 : low * low, high = high <= 0 ? 0 : high * high;
+    if (E == GEMM_RELU2_BACKWARD)
+        low *= 2 * sqrt_fast(__low2float(x)), high *= 2 * sqrt_fast(__high2float(x));
+    if (E == GEMM_SQUARE_ADD) {
+        low = call.alpha * low + call.beta * __low2float(x);
+        high = call.alpha * high + call.beta * __high2float(x);
+    }
+    x = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned &>(x);
+}
+
+// 16 rows of the tile, this warp's, on the way out. Lane l gives ldmatrix and stmatrix the address
+// of row l % 16, chunk l / 16 of 16 columns, where ptx.cuh's D of two times 8 columns lies:
+//
+//     columns      0 .. 7              8 .. 15             of 64 columns, that is chunk
+//     row 0 .. 7   lanes 0 .. 7        lanes 16 .. 23      2 c + l / 16 of row l % 16, for
+//     row 8 .. 15  lanes 8 .. 15       lanes 24 .. 31      c = 0 .. 3, at place chunk ^ (l % 8)
+//
+// so that going on to the next c is an exclusive or of the address with 32 c. Mirrored, these 16
+// rows are columns 16 warp .. of a box of (64, 64), and a group's four warps fill it together:
+//
+//     columns      0 .. 7              8 .. 15             of the 16, that is chunk 2 warp + l / 8
+//     row 0 .. 7   lanes 0 .. 7        lanes 8 .. 15       % 2 of row 16 c + l / 16 * 8 + l % 8
+//     row 8 .. 15  lanes 16 .. 23      lanes 24 .. 31
+template <GemmKind E>
+__device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call, float (&d)[128],
+                                           GemmPlace *at, GemmTile tile, int group) {
+    int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP, lane = threadIdx.x % WARP;
+    int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile
+    int top = tile.matrix * call.side;
+    unsigned mine = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    unsigned turned =
+        (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+    unsigned in = 0;
+#pragma unroll
+    for (int j = 0; j < GEMM_COLUMNS / GEMM_STEP; j++) {
+        int column = tile.column + j * GEMM_STEP;
+        bool above = gemm_symmetric<E> && column >= tile.row + GEMM_ROWS;
+        bool below = gemm_symmetric<E> && column < tile.row;
+        bf16 *out = s->out[gemm_symmetric<E> ? j % 2 : j][warp], *mirror = s->out[2 + j % 2][0];
+        if (gemm_reads<E>) {
+            if (j % 2 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
+            in = shared_address(&s->b[at->stage][j % 2 * GEMM_INPUT + row * GEMM_STEP]);
+        }
+        if (!above) {
+            if (gemm_symmetric<E> && j >= 2) {
+                if (lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
+                barrier_sync(1 + group, GEMM_GROUP_THREADS);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                unsigned x[4] = {}, y[4];
+                if (gemm_reads<E>) ldmatrix(x, in + (mine ^ c * 32));
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int k = 32 * j + 8 * c + 2 * i;
+                    y[i] = gemm_finish<E>(call, d[k], d[k + 1], x[i]);
+                }
+                stmatrix(shared_address(out) + (mine ^ c * 32), y);
+                if (below) stmatrix_trans(shared_address(mirror) + turned + c * 16 * 128, y);
+            }
+            fence_async();
+            if (gemm_symmetric<E>)
+                barrier_sync(1 + group, GEMM_GROUP_THREADS);
+            else
+                __syncwarp();
+            if (lane == 0) {
+                tma_store(&call.out, top + tile.row + row, column, out);
+                if (below && warp == 0)
+                    tma_store(&call.mirror, top + column, tile.row + row, mirror);
+                tma_store_commit();
+            }
+        }
+        if (gemm_reads<E> && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
+    }
+}
+
+template <GemmKind E>
+__device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
+    constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
+    constexpr int A_STEP = A_ACROSS ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
+    constexpr int B_STEP = B_ACROSS ? 16 * 8 : 2;
+    int turn = group ^ 1;  // parity: the first turn is group 0's
+    GemmPlace at = {0, 0};
+    float d[128];
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
+        GemmTile tile = gemm_tile<E>(call, t);
+        int before = 0;  // the stage of the step before
+        // divided for here, not when it is this group's turn
+        pin(tile.row), pin(tile.column), pin(tile.matrix);
+        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
+            const bf16 *a_tile = &s->a[at.stage][group * GEMM_GROUP_ROWS * GEMM_STEP];
+            const bf16 *b_tile = s->b[at.stage];
+            uint64_t a = A_ACROSS ? wgmma_columns(a_tile, GEMM_BOX_BYTES) : wgmma_rows(a_tile);
+            uint64_t b = B_ACROSS ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
+            mbarrier_wait(&s->full[at.stage], at.parity);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < GEMM_STEP / 16; i++)
+                wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
+            wgmma_commit();
+            wgmma_wait<1>();  // the step before has been read; this one goes on
+            if (k > 0) gemm_release(s, before);
+            before = at.stage;
+        }
+        wgmma_wait<0>();
+        pin(d);
+        gemm_release(s, before);
+        mbarrier_wait(&s->turn[group], turn);
+        gemm_leave<E>(s, call, d, &at, tile, group);
+        if (threadIdx.x % WARP == 0) {
+            tma_store_wait_read<0>();  // this warp's boxes may be written again
+            mbarrier_arrive(&s->turn[group ^ 1]);
+        }
+        __syncwarp();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+
+template <GemmKind E>
+static __global__ void __launch_bounds__(GEMM_THREADS, 1)
+    gemm_kernel(const __grid_constant__ GemmCall call) {
+    extern __shared__ char gemm_memory[];
+    GemmShared *s = (GemmShared *)(((uintptr_t)gemm_memory + 1023) & ~(uintptr_t)1023);
+    int group = threadIdx.x / GEMM_GROUP_THREADS;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < GEMM_STAGES; i++) {
+            mbarrier_init(&s->full[i], 1);
+            mbarrier_init(&s->empty[i], GEMM_GROUPS * GEMM_WARPS);
+        }
+        for (int i = 0; i < GEMM_GROUPS; i++) mbarrier_init(&s->turn[i], GEMM_WARPS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == GEMM_GROUPS) {
+        registers_give<40>();
+        if (threadIdx.x % GEMM_GROUP_THREADS == 0) gemm_produce<E>(s, call);
+    } else {
+        registers_take<232>();
+        gemm_consume<E>(s, call, group);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launchers.
+
+// A matrix as the TMA knows it, kept from call to call: the driver takes its time to describe one.
+typedef struct {
+    const bf16 *p;
+    int rows, columns, box_rows;
+    uint64_t map[sizeof(CUtensorMap) / sizeof(uint64_t)];  // CUtensorMap, wherever it lies
+} GemmMap;
+
+typedef struct {
+    PFN_cuTensorMapEncodeTiled_v12000 encode;  // the driver's
+    int processors;
+    GemmMap *map;  // (GEMM_MAPS): a hash table; who comes last has the place
+} GemmSm90;
+
+constexpr int GEMM_MAPS = 1024;
+
+static inline void gemm_sm90_init(GemmSm90 *g, const Gpu *gpu) {
+    cudaDriverEntryPointQueryResult found;
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&g->encode,
+                                                12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess)
+        die(EXIT_DEVICE, "driver: found no cuTensorMapEncodeTiled, expected that of CUDA 12; "
+                         "update the driver");
+    for (auto kernel :
+         {gemm_kernel<GEMM_RELU2>, gemm_kernel<GEMM_RELU2_BACKWARD>, gemm_kernel<GEMM_SQUARE>,
+          gemm_kernel<GEMM_SQUARE_ACROSS>, gemm_kernel<GEMM_SQUARE_ADD>})
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        GEMM_SHARED_BYTES));
+    g->processors = gpu->processors;
+    g->map = (GemmMap *)die_alloc(GEMM_MAPS, sizeof *g->map, "descriptions of matrices");
+}
+
+static inline void gemm_sm90_free(GemmSm90 *g) { free(g->map); }
+
+// Whether products of so many columns, over so many terms, are taken here for ReLU^2.
+static inline bool gemm_sm90_fits(int columns, int sum) {
+    return columns % GEMM_COLUMNS == 0 && sum % GEMM_STEP == 0;
+}
+
+// Whether squares (side, side) are, over so many terms.
+static inline bool gemm_sm90_squares(int side, int sum) {
+    return side % GEMM_ROWS == 0 && sum % GEMM_STEP == 0;
+}
+
+// Describes p (rows, columns) and its boxes of (box_rows, 64).
+static inline CUtensorMap gemm_encode(const GemmSm90 *g, const bf16 *p, int rows, int columns,
+                                      int box_rows) {
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    cuuint64_t row_bytes[] = {(cuuint64_t)columns * sizeof(bf16)};
+    cuuint32_t box[] = {GEMM_STEP, (cuuint32_t)box_rows}, steps[] = {1, 1};
+    CUresult e = g->encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, row_bytes,
+                           box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e != CUDA_SUCCESS)
+        die(EXIT_INTERNAL, "cuTensorMapEncodeTiled: error %d; (%d, %d) at %p, boxes of %d rows",
+            (int)e, rows, columns, (const void *)p, box_rows);
+    return map;
+}
+
+// The same, looked up.
+static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, int rows,
+                            int columns, int box_rows) {
+    uint64_t hash = (uint64_t)(uintptr_t)p ^ (uint64_t)rows << 40 ^ (uint64_t)box_rows;
+    GemmMap *m = &g->map[hash * 0x9e3779b97f4a7c15u >> 54];
+    static_assert(GEMM_MAPS == 1 << (64 - 54), "as many places as the hash has values");
+    if (m->p != p || m->rows != rows || m->columns != columns || m->box_rows != box_rows) {
+        *map = gemm_encode(g, p, rows, columns, box_rows);
+        m->p = p, m->rows = rows, m->columns = columns, m->box_rows = box_rows;
+        memcpy(m->map, map, sizeof *map);
+    }
+    memcpy(map, m->map, sizeof *map);
+}
+
+template <GemmKind E>
+static inline void gemm_launch(const GemmSm90 *g, const GemmCall *call, cudaStream_t stream) {
+    int blocks = call->tiles < g->processors ? call->tiles : g->processors;
+    gemm_kernel<E><<<blocks, GEMM_THREADS, GEMM_SHARED_BYTES, stream>>>(*call);
+    CUDA_LAUNCHED();
+}
+
+// out (M, N) = what ReLU^2 makes of a (M, K) b; in (M, N): backward's y, else NULL.
+template <GemmKind E>
+static inline void gemm_relu2(const GemmSm90 *g, bf16 *out, const bf16 *a, const bf16 *b,
+                              const bf16 *in, int M, int N, int K, cudaStream_t stream) {
+    GemmCall call = {};
+    bool across = gemm_b_across<E>;
+    assert(M > 0 && gemm_sm90_fits(N, K));
+    gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
+    gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
+    if (in) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
+    call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
+    call.tiles = call.tiles_m * call.tiles_n;
+    call.sum = K;
+    gemm_launch<E>(g, &call, stream);
+}
+
+static inline void gemm_sm90_relu2_forward(const GemmSm90 *g,
+                                           bf16 *y,        // (n, N)
+                                           const bf16 *x,  // (n, K)
+                                           const bf16 *w,  // (N, K)
+                                           int n, int K, int N, cudaStream_t stream) {
+    gemm_relu2<GEMM_RELU2>(g, y, x, w, NULL, n, N, K, stream);
+}
+
+static inline void gemm_sm90_relu2_backward(const GemmSm90 *g,
+                                            bf16 *dz,        // (n, K)
+                                            const bf16 *dy,  // (n, N)
+                                            const bf16 *w,   // (N, K)
+                                            const bf16 *y,   // (n, K)
+                                            int n, int K, int N, cudaStream_t stream) {
+    gemm_relu2<GEMM_RELU2_BACKWARD>(g, dz, dy, w, y, n, K, N, stream);
+}
+
+// d = x x^T, or x^T x if `across`; with c: d = alpha x x^T + beta c, c symmetric.
+static inline void gemm_sm90_square(const GemmSm90 *g,
+                                    bf16 *d,                     // (batch, M, M); neither x nor c
+                                    const bf16 *x, bool across,  // (batch, M, K), or (batch, K, M)
+                                    const bf16 *c,               // (batch, M, M), or NULL
+                                    float alpha, float beta, int M, int K, int batch,
+                                    cudaStream_t stream) {
+    GemmCall call = {};
+    int rows = batch * (across ? K : M), columns = across ? M : K, all = batch * M;
+    assert(batch > 0 && gemm_sm90_squares(M, K) && !(across && c) && d != x && d != c);
+    gemm_map(g, &call.a, x, rows, columns, across ? GEMM_STEP : GEMM_ROWS);
+    gemm_map(g, &call.b, x, rows, columns, across ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.out, d, all, M, GEMM_WARP_ROWS);
+    gemm_map(g, &call.mirror, d, all, M, GEMM_GROUP_ROWS);
+    if (c) gemm_map(g, &call.in, c, all, M, GEMM_ROWS);
+    call.tiles_m = M / GEMM_ROWS, call.tiles_n = ceil_div(M, GEMM_COLUMNS);
+    call.tiles = batch * call.tiles_n * (call.tiles_m + 1 - call.tiles_n);
+    call.side = M, call.sum = K;
+    call.alpha = alpha, call.beta = beta;
+    auto launch = c        ? gemm_launch<GEMM_SQUARE_ADD>
+                  : across ? gemm_launch<GEMM_SQUARE_ACROSS>
+                           : gemm_launch<GEMM_SQUARE>;
+    launch(g, &call, stream);
+}
+
+#endif
