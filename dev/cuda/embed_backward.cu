@@ -147,9 +147,12 @@ static void embed_v4(float *dtable, const floatX *dx, const int *, EmbedIndex in
 }
 
 // ---------------------------------------------------------------------------------------------
-// llmc: llmc/embed.cuh. A lane has 8 channels, a load of 16 bytes, and asks for 4 rows before it
-// adds the first: a position must have come before its row can be asked for, so that in v4 each row
-// may wait twice. A token's partial sums are shared out among 8 warps, too.
+// llmc: llmc/embed.cuh. A lane has 8 channels, a load of 16 bytes: a row of dx takes 3 warps
+// instead of 24, and positions, each of which must have come before its row can be asked for, are
+// read by 3 instead of 24. A lane asks for 4 rows before it adds the first, where a piece has fewer
+// for its last one again, which L1 has: then no row waits for the row before it. (The compiler does
+// so for v4's loop, too, where a piece is long; but most tokens are rare.) A token's partial sums
+// are shared out among 8 warps.
 
 static void embed_llmc(float *dtable, const floatX *dx, const int *, EmbedIndex index,
                        float *partials, int n, int C, cudaStream_t stream) {

@@ -496,10 +496,9 @@ static __global__ void __launch_bounds__(V7_THREADS, 2)
 
 static void gemm_relu2_v7(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, int N,
                           cudaStream_t stream) {
-    CUtensorMap x_map =
-        gemm_encode(&matmul_context.fused, x, n, K, TILE);  // what the TMA knows of a matrix:
-    CUtensorMap w_map =
-        gemm_encode(&matmul_context.fused, w, N, K, TILE);  // address, sizes, box, swizzle
+    // What the TMA is told of a matrix: address, sizes, box, swizzle.
+    CUtensorMap x_map = gemm_encode(&matmul_context.fused, x, n, K, TILE);
+    CUtensorMap w_map = gemm_encode(&matmul_context.fused, w, N, K, TILE);
     launch_tiles(v7_kernel, V7_THREADS, V7_SHARED, stream, {y, n, N}, x_map, w_map, K);
 }
 
@@ -515,6 +514,8 @@ static void gemm_relu2_v7(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, i
 // Beside that: tiles are 128 x 256, a quarter less to fetch; results leave through shared memory
 // and the TMA in whole rows of 128 bytes, where v6_store writes pieces of 16; tiles are made in an
 // order by which those in work at a time share rows of x and W. Read it now: its words are v7's.
+// What it does for y is GEMM_RELU2; its other kinds of products are backward's, and the squares of
+// dev/cuda/muon.cu.
 
 static void gemm_relu2_llmc(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, int N,
                             cudaStream_t stream) {
@@ -546,6 +547,7 @@ static const Rung<GemmRelu2> RUNGS[] = {
     {"llmc", "blocks stay, tiles leave under products", gemm_relu2_llmc},
 #endif
 };
+
 static void check(Rung<GemmRelu2> rung) {
     const struct { int K, N; } shapes[] = {{64, 256}, {192, 512}, {768, 3072}};
     for (auto s : shapes)

@@ -11,8 +11,9 @@
 //        X *= r sqrt(n sum v) / max(sqrt(n sum v r^2), 1e-10)
 //     6. w -= lr X + lr wd w [X w >= 0],  lr times sqrt(max(1, R/K));  and w once more, in BF16
 //
-// Where it comes from stands in llmc/muon.cuh. Ladders to read before this one: dev/cuda/rmsnorm.cu,
-// for what moves memory, and dev/cuda/gemm_relu2.cu, for what multiplies.
+// ||X||: the root of the sum of squares. G, buf, s and w are FP32. llmc/muon.cuh says where each
+// step comes from. Ladders to read before this one: dev/cuda/rmsnorm.cu, for what moves memory, and
+// dev/cuda/gemm_relu2.cu, for what multiplies. `make ladder OP=muon` checks and times every rung.
 //
 //     rung  what it changes, and why that is faster                us   TFLOP/s  ceiling  times v1
 //     v1    nothing yet: the CPU's loops, a matrix at a time        -         -        -         1
@@ -25,13 +26,14 @@
 // half or not. v4 takes a build for sm_90a alone: HOPPER.)
 //
 // THE BILL. Step 3 takes three products of 2 x 768^3 FLOPs, five times, for 48 matrices: 6.5e11
-// FLOPs, 970 us at the 672 TFLOP/s that cuBLASLt makes of a large product. All else is passes over
-// memory: llmc/ moves 36 bytes an element, 1.0 GB, 240 us. Two of the three products are symmetric,
-// which saves 22% of the 970. So llmc cannot do it in less than 1000 us, or 97% of the ceiling.
+// FLOPs, 970 us at the 672 TFLOP/s that cuBLASLt makes of a large product. Two of the three are
+// symmetric; half of each need not be computed, which in whole tiles saves 22%: 755 us. All else is
+// passes over memory. llmc/ moves 36 bytes an element, 1.0 GB, in 240 us at 4.23 TB/s. So it cannot
+// be done in much less than 1000 us, 97% of the ceiling as it is counted here.
 //
-// Is that much? 23,040 FLOPs an element of w. Forward and backward take 6 an element and token; in
-// a batch of 131,072 tokens they take 34 times as many. AdamW's bill, 30 bytes an element, would be
-// 200 us. And yet v1's way of doing it would take longer than forward and backward do.
+// Is that much? It is 23,040 FLOPs an element of w. Forward and backward take 6 an element and
+// token: in a batch of 131,072 tokens 34 times as many. AdamW would move 30 bytes an element, in
+// 200 us.
 #include <assert.h>
 
 #include "dev/cuda/ladder.cuh"  // Rung, ladder_check, ladder_time
@@ -40,10 +42,9 @@
 static Matmul matmul_context;
 
 typedef struct {
-    int count, R, K;   // matrices, one behind the other
-    int side, lines;   // min(R, K), max(R, K)
-    MuonArenas arena;  // params w, grads G, first buf (count, R, K); weights the same, of BF16;
-                       // second s (count, lines)
+    int count, R, K;        // matrices, one behind the other
+    int side, lines;        // min(R, K), max(R, K)
+    MuonArenas arena;       // w, w in BF16, G, buf (count, R, K), s (count, lines)
     const StepState *step;  // mu, b2, lr, wd; what clipping multiplies G by
     float *x;               // (count, R, K) scratch: X in FP32
     double *squares;        // (count, lines) scratch: of rows or columns
@@ -56,14 +57,15 @@ typedef struct {
 typedef void MuonUpdate(Job *j, cudaStream_t stream);
 
 // ---------------------------------------------------------------------------------------------
-// v1: each step as it stands above; a step is a pass over memory or two. Their kernels come first,
-// which v1 to v4 share. They take `batch` matrices at once, of which v1 makes no use.
+// v1: each step as it stands above, one kernel after the other; a kernel begins when the one before
+// it has ended. First what is not a product, which v1 to v4 share; it can take a batch of matrices
+// at once, of which v1 makes no use.
 //
-// Two kinds alternate. Where each element goes its own way, a thread takes one. But what X is
-// multiplied by depends on all of a row, and on all of the matrix: then a warp adds up the squares
-// of a row (or column), and one block makes factors of all the sums. A kernel begins when the one
-// before it has ended, so that the next sees all sums. muon_even and the like are the formulas
-// above, in llmc/muon_gate.cuh.
+// Two kinds of work alternate. Where each element goes its own way, a thread takes one. But what X
+// is multiplied by in steps 2 to 5 depends on all of a row (or column) and on all of the matrix.
+// Then a warp adds up the squares of a row; a block adds up those sums, and makes a factor for each
+// row; and a third kernel multiplies. muon_even and the like are the formulas above, one function
+// each, in llmc/muon_gate.cuh. Squares are added in double.
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 
@@ -169,8 +171,9 @@ static void scale_rows(Job *j, To *to, const From *x, Factor what, int batch, cu
     scale(j, to, x, true, batch, stream);
 }
 
-// Steps 1 and 2 and the division of step 3, of matrices from .. from + batch - 1; X goes to x.
-template <class T> static void begin(Job *j, T *x, int from, int batch, cudaStream_t stream) {
+// Steps 1 and 2 and the division of step 3, of matrices from .. from + batch - 1. X ends in x.
+template <class T>
+static void begin_update(Job *j, T *x, int from, int batch, cudaStream_t stream) {
     int numel = batch * j->R * j->K;
     size_t at = (size_t)from * j->R * j->K;
     momentum_kernel<<<ceil_div(numel, THREADS), THREADS, 0, stream>>>(
@@ -181,7 +184,8 @@ template <class T> static void begin(Job *j, T *x, int from, int batch, cudaStre
 }
 
 // Steps 4 to 6.
-template <class T> static void end(Job *j, const T *x, int from, int batch, cudaStream_t stream) {
+template <class T>
+static void end_update(Job *j, const T *x, int from, int batch, cudaStream_t stream) {
     int numel = batch * j->R * j->K;
     size_t at = (size_t)from * j->R * j->K;
     bool rows = j->R >= j->K;
@@ -198,15 +202,11 @@ template <class T> static void end(Job *j, const T *x, int from, int batch, cuda
     CUDA_LAUNCHED();
 }
 
-// Polar Express, of which v1 to v3 differ in `product` alone: d = alpha op(a) op(b) + beta c, where
-// op transposes if ta or tb say so. b A + c A^2 and a X + .. are such products.
-template <class T> struct Products {
-    T *x, *next;  // (batch, R, K): X, and what it becomes
-    T *a, *poly;  // (batch, side, side): A, b A + c A^2
-};
+// v1's products: a thread takes an element. Of a row of A = X X^T the lanes of a warp have 32
+// columns, which are 32 rows of X: each load is 32 loads, as in gemm_relu2.cu's v1.
+//
+// d (M, N) = alpha op(a) op(b) + beta c; op transposes where ta or tb say so; c may be NULL.
 
-// v1's product: a thread takes an element. Of a row of A = X X^T the lanes of a warp have 32
-// columns, which are 32 rows of X^T: each load of X is 32 loads, as in gemm_relu2.cu's v1.
 static __global__ void product_kernel(float *d, const float *a, bool ta, const float *b, bool tb,
                                       const float *c, float alpha, float beta, int M, int N,
                                       int K) {
@@ -218,6 +218,7 @@ static __global__ void product_kernel(float *d, const float *a, bool ta, const f
     d[i * N + j] = alpha * sum + (c ? beta * c[i * N + j] : 0);
 }
 
+// Of one matrix: batch is 1.
 static void product(float *d, const float *a, bool ta, const float *b, bool tb, const float *c,
                     float alpha, float beta, int M, int N, int K, int batch, cudaStream_t stream) {
     dim3 block(32, 8), grid(ceil_div(N, 32), ceil_div(M, 8));
@@ -226,13 +227,18 @@ static void product(float *d, const float *a, bool ta, const float *b, bool tb, 
     CUDA_LAUNCHED();
 }
 
-// v2's.
+// v2's and v3's; they stand here because polar(), which comes next, takes either.
 static void product(bf16 *d, const bf16 *a, bool ta, const bf16 *b, bool tb, const bf16 *c,
                     float alpha, float beta, int M, int N, int K, int batch, cudaStream_t stream) {
     matmul_batched(&matmul_context, d, a, ta, b, tb, c, alpha, beta, M, N, K, batch, stream);
 }
 
-// From p.x to what is returned, p.x or p.next.
+template <class T> struct Products {
+    T *x, *next;  // (batch, R, K): X, and what it becomes
+    T *a, *poly;  // (batch, side, side): A, b A + c A^2
+};
+
+// Polar Express, behind the division: from p.x to what is returned, p.x or p.next.
 template <class T>
 static const T *polar(const Job *j, Products<T> p, int batch, cudaStream_t stream) {
     int R = j->R, K = j->K, side = j->side;
@@ -255,17 +261,16 @@ static void muon_v1(Job *j, cudaStream_t stream) {
     size_t n = (size_t)j->R * j->K, a = (size_t)j->side * j->side;
     Products<float> p = {j->wide, j->wide + n, j->wide + 2 * n, j->wide + 2 * n + a};
     for (int i = 0; i < j->count; i++) {
-        begin(j, p.x, i, 1, stream);
-        end(j, polar(j, p, 1, stream), i, 1, stream);
+        begin_update(j, p.x, i, 1, stream);
+        end_update(j, polar(j, p, 1, stream), i, 1, stream);
     }
 }
 
 // ---------------------------------------------------------------------------------------------
-// v2: tensor cores. They take BF16 numbers and add up in FP32; gemm_relu2.cu climbs to where they
-// are kept busy, in seven rungs, and here stands cuBLASLt, which has done so. X, A and b A + c A^2
-// are rounded to BF16, once each, when they are made; steps 1, 2 and 4 to 6 stay in FP32. X ends 1
-// to 2% from where FP32 would take it. A gradient, which one batch of all text has made, is much
-// further from the gradient of all text.
+// v2: tensor cores. They multiply BF16 numbers and add up in FP32. gemm_relu2.cu climbs to where
+// they are kept busy, rung by rung; here stands cuBLASLt, which has done so (llmc/matmul.cuh). X, A
+// and b A + c A^2 are BF16, each rounded once, when it is made; steps 1, 2 and 4 to 6 stay in FP32.
+// X ends 1 to 2% from where FP32 would take it; a batch's gradient is a rougher guess than that.
 
 static Products<floatX> bf16_products(const MuonShape *s) {
     return {s->x, s->next, s->a, s->poly};  // llmc's scratch
@@ -274,39 +279,39 @@ static Products<floatX> bf16_products(const MuonShape *s) {
 static void muon_v2(Job *j, cudaStream_t stream) {
     Products<floatX> p = bf16_products(&j->muon.shape[0]);
     for (int i = 0; i < j->count; i++) {
-        begin(j, p.x, i, 1, stream);
-        end(j, polar(j, p, 1, stream), i, 1, stream);
+        begin_update(j, p.x, i, 1, stream);
+        end_update(j, polar(j, p, 1, stream), i, 1, stream);
     }
 }
 
 // ---------------------------------------------------------------------------------------------
-// v3: fill the GPU. A product of v2 has 768 x 768 elements, 18 tiles of (128, 256): 18 of the 132
-// SMs have something to do, for about 10 us, and launching it takes the host almost as long. There
-// are 720 products, one behind the other, and as many passes. But the 48 matrices do not wait for
-// one another: one batched product is told how many there are and how far apart they lie, and has
-// 864 tiles; a pass is 48 times as long. All that happens to the code is that a loop goes.
+// v3: fill the GPU. A product of v2 has 768 x 768 elements: 18 tiles of (128, 256), or 36 of (128,
+// 128), for 132 SMs. Each takes some 10 us, and is to be launched, which takes the host a few.
+// There are 720 of them, one behind the other, and 670 kernels between. But matrices do not wait
+// for one another. A batched product is told how many there are and how far apart they lie: 864
+// tiles, 15 products in all, and 14 other kernels. All that happens to the code is that a loop
+// goes.
 
 static void muon_v3(Job *j, cudaStream_t stream) {
     Products<floatX> p = bf16_products(&j->muon.shape[0]);
-    begin(j, p.x, 0, j->count, stream);
-    end(j, polar(j, p, j->count, stream), 0, j->count, stream);
+    begin_update(j, p.x, 0, j->count, stream);
+    end_update(j, polar(j, p, j->count, stream), 0, j->count, stream);
 }
 
 #ifdef HOPPER
 // ---------------------------------------------------------------------------------------------
-// v4: do not compute what is known. A = X X^T is its own transpose, and so is b A + c A^2. Of both,
-// what lies above the diagonal is what lies below it. cuBLASLt has no such product;
-// llmc/gemm_sm90.cuh has. It multiplies as gemm_relu2.cu's top rung does, but leaves out tiles
-// above the diagonal, and stores what is below twice, the second time mirrored: between registers
-// and shared memory a single instruction (stmatrix.trans) turns 8 x 8 numbers round. Of A's 18
-// tiles 12 are left: those of the diagonal reach over it. That is a third of two products of three,
-// 22% of all. The products are now those of muon_polar_express (llmc/muon.cuh): polar() above, with
-// matmul_square in two places.
+// v4: do not compute what is known. A = X X^T is its own transpose, and so is b A + c A^2: above
+// the diagonal is what is below it. cuBLASLt has no such product in BF16; llmc/gemm_sm90.cuh has.
+// It multiplies as gemm_relu2.cu's top rung does, but leaves out tiles above the diagonal, and
+// stores what lies below it twice, the second time mirrored: on its way from registers to shared
+// memory stmatrix.trans turns 8 x 8 numbers round. Of 18 tiles 12 are left, as those on the
+// diagonal reach over it: a third of two products out of three is saved, 22%. muon_polar_express
+// (llmc/muon.cuh) is polar(), with matmul_square in two places.
 
 static void muon_v4(Job *j, cudaStream_t stream) {
     const MuonShape *s = &j->muon.shape[0];
-    begin(j, s->x, 0, j->count, stream);
-    end(j, muon_polar_express(s, &matmul_context, j->count, stream), 0, j->count, stream);
+    begin_update(j, s->x, 0, j->count, stream);
+    end_update(j, muon_polar_express(s, &matmul_context, j->count, stream), 0, j->count, stream);
 }
 #endif
 
@@ -320,15 +325,21 @@ static void muon_v4(Job *j, cudaStream_t stream) {
 //     evened by s     reads X twice, writes it         12
 //     applied         reads X, w; writes w, BF16       14
 //
-// 72 bytes, most of them for X, which is stored only to be multiplied by a number a row or column.
-// That number need not have waited: a row times f has f^2 times the squares. So one pass over G and
-// buf finds the rows' squares, a block a matrix makes one factor a row for steps 2 and 3, and the
-// next pass makes X from G and buf once more, times the factor. Steps 4 and 5 fold into one factor
-// just so, and the pass that changes w multiplies X by it. That leaves 12 + 10 + 2 + 12 = 36 bytes,
-// the squares of X behind step 3 among them. Loads are of 16 bytes, as in rmsnorm.cu's v4.
+// 72 bytes, most of them because X is stored, to be multiplied by a number a row and stored again.
+// But when a row is multiplied by f, its squares become f^2 times what they were; they need not be
+// found anew. So llmc's first pass takes the squares of X without storing X, a block a matrix makes
+// one factor a row of steps 2 and 3, and the second pass makes X from G and buf once more, times
+// the factor. Behind Polar Express just so: one pass takes the squares of X, one factor is made of
+// steps 4 and 5, and the pass that changes w multiplies by it:
 //
-// In a model matrices of one shape lie layer by layer, among others: llmc's kernels look up where
-// each begins (MuonMatrix). X is theirs, and lies one behind the other for the products.
+//     momentum        reads G, buf; writes buf         12 bytes
+//     scale           reads G, buf; writes BF16        10
+//     squares         reads BF16                        2
+//     apply           reads BF16, w; writes w, BF16    12
+//
+// 36 bytes, in loads of 16, as in rmsnorm.cu's v4. In a model matrices of one shape lie among
+// others, layer by layer: these kernels look up where each begins (MuonMatrix); their X lie one
+// behind the other, for the products.
 
 static void muon_llmc(Job *j, cudaStream_t stream) {
     MuonArenas a = j->arena;
