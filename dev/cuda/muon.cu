@@ -404,15 +404,15 @@ static GpuArray<float> uneven_rows(const char *name, int count, int R, int K) {
     return gpu_copy<float>(name, g, all);
 }
 
-// The change of w is compared, in units of lr. Decay moves w where X w >= 0; so that it does not
-// matter where X may as well be above 0 as below, wd w is at most a fifth of the root mean square
-// of X, 1 / sqrt(lines).
+// The change of w is compared, in units of lr. Decay moves w where X w >= 0. Where X may as well be
+// above 0 as below, both are right: so that it fits the tolerance, wd w is at most 0.15 times the
+// root mean square of X, 1 / sqrt(lines). Left out, decay is noticed still.
 static void check_shape(Rung<MuonUpdate> rung, int count, int R, int K) {
     const double wd = 0.25;
     Job j;
     job_init(&j, count, R, K, 1, wd);
     size_t n = (size_t)R * K, all = count * n, lines = (size_t)j.lines, a = (size_t)j.side * j.side;
-    double most = 0.2 / sqrt((double)lines) / wd;
+    double most = 0.15 / sqrt((double)lines) / wd;
     GpuArray<float> w = gpu_random<float>("w", all, -most, most);
     GpuArray<float> g = uneven_rows("g", count, R, K), buf = gpu_normal<float>("buf", all, 1e-4);
     GpuArray<float> s = gpu_random<float>("s", count * lines, 0, 1e-3);
