@@ -55,27 +55,28 @@ nvcc       = $(NVCC) $(NVCC_FLAGS) -MMD -MP -MF $@.d -MT $@ $(1) $< $(filter %.o
 PROGRAMS   = $(addprefix $(BUILD)/,train_gpt2 tokenize bigram diff)
 TESTS      = $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
 GPU_HERE   = $(or $(wildcard /dev/nvidia[0-9]*),$(GPU_ARCH))
+LADDERS    = $(patsubst dev/cuda/%.cu,$(BUILD)/cuda/%,$(wildcard dev/cuda/*.cu))
 for_gpu    = $(if $(GPU_HERE),$(if $(CUDA),$(1),need-cuda))
 GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
              $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu)))) \
              $(if $(HOPPER),$(BUILD)/gpu/bf16/test_attention_portable)
 
 .PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
-        gpu-tests test-gpu sanitize diff bench bench-cpu doctor readme format clean
+        gpu-tests test-gpu sanitize ladders ladder diff bench bench-cpu doctor readme format clean
 all: cpu $(if $(CUDA),train_gpt2cu,no-cuda)
 
 # The programs that need no GPU; the CUDA trainer of PRECISION.
 cpu: $(PROGRAMS)
 train_gpt2cu: $(if $(CUDA),$(BUILD)/train_gpt2cu$(FP32),need-cuda)
-# All CUDA code: the trainer in both precisions, tests, benchmark.
-cuda: $(if $(CUDA),$(addprefix $(BUILD)/,train_gpt2cu train_gpt2cu_fp32 bench/bench_gpu) $(GPU_TESTS),need-cuda)
+# All CUDA code: the trainer in both precisions, tests, benchmark, ladders.
+cuda: $(if $(CUDA),$(addprefix $(BUILD)/,train_gpt2cu train_gpt2cu_fp32 bench/bench_gpu) $(GPU_TESTS) $(LADDERS),need-cuda)
 no-cuda:
 	@echo "$(CUDA_MISSING): built for the CPU only"
 need-cuda:
 	@echo "$(CUDA_MISSING)" >&2; exit 1
 
 # Everything built depends on one of these, which change only when compiler or flags do.
-STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/gpu/bf16 $(BUILD)/gpu/fp32; \
+STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/cuda $(BUILD)/gpu/bf16 $(BUILD)/gpu/fp32; \
         echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
 $(BUILD)/flags: FORCE
 	$(call STAMP,$(CC) $(ALL_CFLAGS) $(BLAS) $(LDLIBS))
@@ -122,6 +123,9 @@ $(BUILD)/gpu/fp32/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 $(BUILD)/gpu/bf16/test_attention_portable: dev/test/gpu/test_attention.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 	$(call nvcc,-UHOPPER)
 
+$(BUILD)/cuda/%: dev/cuda/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
+	$(call nvcc)
+
 $(BUILD)/bench/bench_gpu: dev/bench/bench_gpu.cu $(CUDNN_O) $(BUILD)/flags.cuda
 	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN))
 
@@ -130,7 +134,7 @@ $(BUILD)/cudnn_attention.o: llmc/cudnn_attention.cpp $(BUILD)/flags.cuda
 	$(CXX) -std=c++20 -O1 -Wall -Wextra $(if $(WERROR),-Werror) -I. -DCUDNN_FRONTEND_SKIP_JSON_LIB -MMD -MP -c $< -o $@ \
 	    $(addprefix -isystem ,$(filter-out /usr/include,$(word 1,$(CUDNN)) $(word 1,$(FRONTEND)) $(CUDA_DIR)/include))
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/gpu/*.d $(BUILD)/gpu/*/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/cuda/*.d $(BUILD)/gpu/*.d $(BUILD)/gpu/*/*.d)
 
 # Text of this repository -> byte shards -> a small model, its loss beside a bigram model's, a sample.
 quickstart: cpu
@@ -155,9 +159,16 @@ gpu-tests: $(if $(CUDA),$(GPU_TESTS),need-cuda)
 test-gpu: $(call for_gpu,$(GPU_TESTS))
 	@dev/test/gpu/run.sh $(call for_gpu,$(GPU_TESTS))
 
-# The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
-sanitize: $(call for_gpu,$(GPU_TESTS))
-	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(call for_gpu,$(filter-out %_cudnn_attention,$(GPU_TESTS)))
+# The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck; and the ladders.
+sanitize: $(call for_gpu,$(GPU_TESTS) $(LADDERS))
+	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(call for_gpu,$(filter-out %_cudnn_attention,$(GPU_TESTS)) $(LADDERS))
+
+# The ladders, one operation from a naive kernel to llmc/'s, built; and one, OP=rmsnorm, checked and
+# timed rung by rung, or all. ONLY=check: not timed.
+ladders: $(if $(CUDA),$(LADDERS),need-cuda)
+OP ?= $(notdir $(LADDERS))
+ladder: $(call for_gpu,$(OP:%=$(BUILD)/cuda/%))
+	@$(if $(GPU_HERE),set -e; for op in $(OP); do echo "== $$op"; $(BUILD)/cuda/$$op $(ONLY); done,dev/test/gpu/run.sh)
 
 # Two trainers on the same seed and data: losses, then logits, gradients and updated parameters, worst
 # first. A, B: programs, folders of runs or dumps; DIFF: flags of build/diff, behind -- the trainers'.
