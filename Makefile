@@ -62,7 +62,7 @@ GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/tes
              $(if $(HOPPER),$(BUILD)/gpu/bf16/test_attention_portable)
 
 .PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
-        gpu-tests test-gpu sanitize ladders ladder diff bench bench-cpu doctor readme format clean
+        gpu-tests test-gpu test-emulated sanitize ladders ladder diff bench bench-cpu doctor readme format clean
 all: cpu $(if $(CUDA),train_gpt2cu,no-cuda)
 
 # The programs that need no GPU; the CUDA trainer of PRECISION.
@@ -158,6 +158,11 @@ test-mutations: $(BUILD)/test/mutate
 gpu-tests: $(if $(CUDA),$(GPU_TESTS),need-cuda)
 test-gpu: $(call for_gpu,$(GPU_TESTS))
 	@dev/test/gpu/run.sh $(call for_gpu,$(GPU_TESTS))
+
+# The same, small, on this machine's CPU (dev/emulate/emulate.h), and the CUDA trainer's against the
+# CPU's. Needs CUDA's headers and g++, no GPU.
+test-emulated: cpu
+	@$(MAKE) -f dev/emulate/Makefile BUILD=$(BUILD) CUDA=$(CUDA_DIR) test
 
 # The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck; and the ladders.
 sanitize: $(call for_gpu,$(GPU_TESTS) $(LADDERS))

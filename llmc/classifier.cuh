@@ -28,7 +28,7 @@
 #include <assert.h>
 #include <limits.h>
 
-#include "llmc/ptx.cuh"   // exp2_fast
+#include "llmc/ptx.cuh"   // exp2_fast, reciprocal_fast
 #include "llmc/step.cuh"  // StepState
 #include "llmc/vec.cuh"   // VEC, vec_load, vec_store
 
@@ -44,11 +44,7 @@ __device__ __forceinline__ float cap_exp2(float x) { return exp2f(x); }
 __device__ __forceinline__ float cap_reciprocal(float x) { return 1 / x; }
 #else
 __device__ __forceinline__ float cap_exp2(float x) { return exp2_fast(x); }
-__device__ __forceinline__ float cap_reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+__device__ __forceinline__ float cap_reciprocal(float x) { return reciprocal_fast(x); }
 #endif
 
 // q of a logit, and e^(z-15) from it.

@@ -88,4 +88,11 @@ __device__ __forceinline__ float sqrt_fast(float x) {
     return y;
 }
 
+// 1 / x, to 1 unit in the last place; of x below 2^-126, and where the result is: infinity, 0.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #endif
