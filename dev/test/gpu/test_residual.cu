@@ -251,6 +251,29 @@ TEST(same_bits_again) {
 // Twenty layers whose branches are a thousandth of x, when half an ulp of BF16 is two to four times
 // as much: how much of them is there in the end, against sums in double? Added to x one by one and
 // rounded each time, 0.37 of them would be.
+// Of branches far below half an ulp of x, what is kept of x_in has neither less nor more, on average.
+TEST(tiny_branches_are_kept_in_x_in) {
+    int n = 1024, C = 768;
+    float one = 1, zero = 0;
+    size_t nC = (size_t)n * C;
+    GpuArray<floatX> x = gpu_normal<floatX>("x", nC, 1), a = gpu_normal<floatX>("a", nC, 1e-4);
+    GpuArray<floatX> h = gpu_poisoned<floatX>("h", nC), x_in = gpu_poisoned<floatX>("x_in", nC);
+    GpuArray<float> l = gpu_copy<float>("lambda", &one, 1), r = gpu_poisoned<float>("r", n);
+    GpuArray<float> l0 = gpu_copy<float>("lambda0", &zero, 1);
+    float *start = gpu_expected(nC);
+    memcpy(start, x.host, nC * sizeof *start);
+    mix_norm_forward(x.device, x_in.device, h.device, r.device, {x.device, a.device, NULL},
+                     x.device, l.device, l0.device, n, C, 0);
+    gpu_read(x_in);
+    double found = 0, expected = 0;
+    for (size_t i = 0; i < nC; i++) {
+        found += ((double)x_in.host[i] / X_IN_SCALE - start[i]) * a.host[i];
+        expected += (double)a.host[i] * a.host[i];
+    }
+    CHECK_NEAR(found / expected, 1, 0.1);  // 0.02 is chance; a factor of 1.3 has 1.6
+    gpu_end_case();
+}
+
 TEST(small_branches_are_kept) {
     int n = 16, C = 768;
     float scale = 1.05f, scale0 = 0.05f;
@@ -361,6 +384,7 @@ int main(int argc, char **argv) {
     RUN(backout_norm);
     RUN(sums_over_many_tokens);
     RUN(same_bits_again);
+    RUN(tiny_branches_are_kept_in_x_in);
     RUN(small_branches_are_kept);
     RUN(add);
     RUN(beyond_2_31_elements);
