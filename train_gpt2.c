@@ -635,8 +635,8 @@ static size_t muon_layout(MuonScratch *s, const Table *t, float *memory) {
 }
 
 // A micro-batch of some 8192 tokens keeps the matmuls busy.
-int model_micro_tokens(const Config *cfg) {
-    (void)cfg;
+int model_micro_tokens(const Config *cfg, int recompute) {
+    (void)cfg, (void)recompute;
     return 8192;
 }
 

@@ -9,8 +9,12 @@
 //
 // MEMORY. One allocation a kind, laid out by the table of llmc/model.h, block by block:
 //     masters, gradients, first and second optimizer states (FP32), weights (the masters in BF16)
-// and the activations of one micro-batch of n = B*T tokens: per layer and token 11 C numbers are
-// kept for backward (x_in, h1, q, k, v, att, h2: C each; relu2: 4C).
+// and the activations of one micro-batch of n = B*T tokens. What a layer keeps for backward, and
+// what is computed there again from that, --recompute says; the numbers are the same:
+//     0    11 C a token   x_in, h1, q, k, v, att, h2: C each; relu2: 4C
+//     1     7 C           all but relu2, which fc makes again of h2
+//     2     3 C           x, att_out, mlp_out: the stream that enters the next layer, as its sum's
+//                         parts; all else but att_out and mlp_out is made again
 //
 // ONE STEP. All but the norms is enqueued on one stream; the host waits once, at the end:
 //
@@ -69,6 +73,12 @@
 // Parameters: pointers into an arena laid out by the table. Weights are floatX; what is small
 // (gates, lambdas) is read from the FP32 masters. Of the gradients all is FP32.
 
+template <class T> struct EmbedViews {
+    T *wte;               // (Vp, C)
+    float *smear_gate;    // (24)
+    float *smear_lambda;  // (1)
+};
+
 template <class T> struct LayerViews {
     T *wqkv;         // (3C, C): wq, wk, wv
     T *wo;           // (C, C)
@@ -78,18 +88,23 @@ template <class T> struct LayerViews {
     float *ve_gate;  // (H, 12), likewise
 };
 
-template <class T> struct Views {
-    T *wte;               // (Vp, C)
-    T *lm_head;           // (Vp, C)
-    float *smear_gate;    // (24)
-    float *smear_lambda;  // (1)
-    LayerViews<T> layer[MODEL_MAX_LAYERS];
+template <class T> struct HeadViews {
     float *resid_lambda;    // (L)
     float *x0_lambda;       // (L)
     float *backout_lambda;  // (1)
+    T *lm_head;             // (Vp, C)
 };
+
+// Block by block, as the table has them.
+template <class T> struct Views {
+    EmbedViews<T> embed;
+    LayerViews<T> layer[MODEL_MAX_LAYERS];
+    HeadViews<T> head;
+};
+typedef EmbedViews<floatX> EmbedWeights;
 typedef LayerViews<floatX> LayerWeights;
 typedef LayerViews<float> LayerGradients;
+typedef HeadViews<floatX> HeadWeights;
 
 // Where a tensor starts, or NULL where the model has none of that role.
 template <class T> static T *view(const Table *t, T *arena, Role role, int layer) {
@@ -101,12 +116,13 @@ template <class T>
 static Views<T> views_of(const Table *t, const Config *c, T *arena, float *small) {
     Views<T> v;
     memset(&v, 0, sizeof v);
-    v.wte = view(t, arena, WTE, -1), v.lm_head = view(t, arena, LM_HEAD, -1);
-    v.smear_gate = view(t, small, SMEAR_GATE, -1);
-    v.smear_lambda = view(t, small, SMEAR_LAMBDA, -1);
-    v.resid_lambda = view(t, small, RESID_LAMBDA, -1);
-    v.x0_lambda = view(t, small, X0_LAMBDA, -1);
-    v.backout_lambda = view(t, small, BACKOUT_LAMBDA, -1);
+    v.embed.wte = view(t, arena, WTE, -1);
+    v.embed.smear_gate = view(t, small, SMEAR_GATE, -1);
+    v.embed.smear_lambda = view(t, small, SMEAR_LAMBDA, -1);
+    v.head.resid_lambda = view(t, small, RESID_LAMBDA, -1);
+    v.head.x0_lambda = view(t, small, X0_LAMBDA, -1);
+    v.head.backout_lambda = view(t, small, BACKOUT_LAMBDA, -1);
+    v.head.lm_head = view(t, arena, LM_HEAD, -1);
     for (int i = 0; i < c->L; i++) {
         LayerViews<T> *l = &v.layer[i];
         l->wqkv = view(t, arena, WQ, i), l->wo = view(t, arena, WO, i);
@@ -120,7 +136,8 @@ static Views<T> views_of(const Table *t, const Config *c, T *arena, float *small
 // =============================================================================================
 // Activations.
 
-// What one layer's forward keeps for its backward.
+// What a layer's forward makes, and its backward reads. What is not kept (--recompute) lies in the
+// same place for all layers.
 typedef struct {
     floatX *x_in;     // (n, C): the stream as it enters, times X_IN_SCALE; the first layer's: x0
     floatX *h1, *h2;  // (n, C): the normed inputs of attention and MLP
@@ -131,30 +148,32 @@ typedef struct {
     floatX *att;      // (n, C): attention's output before wo
     float *lse;       // (H, n): its log-sum-exps
     floatX *relu2;    // (n, F): relu(h2 wfc^T)^2
+    // The stream as it leaves, a sum of three: what mix_norm makes of x_in, what attention adds to
+    // it, what the MLP adds. (n, C) each.
+    floatX *x, *att_out, *mlp_out;
 } LayerActivations;
 
 typedef struct {
     LayerActivations layer[MODEL_MAX_LAYERS];
-    floatX *embed, *x0;             // (n, C): N(wte[idx]); behind the smear: the first layer's x_in
-    float *embed_r;                 // (n)
-    float *smear;                   // (n): the smear gates
-    floatX *x, *att_out, *mlp_out;  // (n, C): the stream, an unfinished sum: mixed, and what a
-                                    // layer's two branches add to it
-    floatX *hf;                     // (n, C): the normed input of the head
-    float *rf;                      // (n)
-    floatX *logits;                 // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
-    float *losses;                  // (n): nats of each target
-    floatX *dfc;                    // (n, F)
-    floatX *dx, *dx0, *dx_middle;   // (n, C): gradients of the stream, of x0, of x_middle
-    floatX *datt_out;               // (n, C)
-    floatX *dx_mlp;                 // (n, C): what of datt_out came through the MLP
-    floatX *dh;                     // (n, C): of a branch's normed input
-    floatX *dqkv;                   // (n, 3C)
-    float *delta, *dz;              // (H, n), (n, H): of attention, of the value gates
-    void *scratch;                  // partial sums of whichever kernel runs
+    floatX *embed, *x0;  // (n, C): N(wte[idx]); behind the smear
+    float *embed_r;      // (n)
+    float *smear;        // (n): the smear gates
+    floatX *hf;          // (n, C): the normed input of the head
+    float *rf;           // (n)
+    floatX *logits;      // (HEAD_ROWS, Vp): the head goes through the tokens in chunks
+    float *losses;       // (n): nats of each target
+    floatX *dfc;         // (n, F)
+    floatX *dx, *dx0;    // (n, C): gradients of the stream, of x0
+    floatX *dx_middle;   // (n, C): of x_middle
+    floatX *datt_out;    // (n, C)
+    floatX *dx_mlp;      // (n, C): what of datt_out came through the MLP
+    floatX *dh;          // (n, C): of a branch's normed input
+    floatX *dqkv;        // (n, 3C)
+    float *delta, *dz;   // (H, n), (n, H): of attention, of the value gates
+    void *scratch;       // partial sums of whichever kernel runs
 } Activations;
 
-enum { HEAD_ROWS = 8192 };
+enum { HEAD_ROWS = 16384 };
 
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -172,27 +191,43 @@ static void *place(char *base, size_t *at, size_t bytes) {
     return p;
 }
 
-// Lays out the activations of n tokens from `memory` on; returns their bytes. NULL: only counts.
-static size_t activations_layout(Activations *a, const Config *c, int tokens, char *memory) {
-    size_t n = (size_t)tokens, C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F, at = 0;
-    size_t X = sizeof(floatX), head_rows = n < (size_t)HEAD_ROWS ? n : (size_t)HEAD_ROWS;
-#define PLACE(field, type, size, count) field = (type *)place(memory, &at, (size) * (count))
-    PLACE(a->embed, floatX, X, n * C), PLACE(a->embed_r, float, 4, n);
-    PLACE(a->smear, float, 4, n);
-    for (int i = 0; i < c->L; i++) {
-        LayerActivations *l = &a->layer[i];
-        bool gated = config_has_value_embed(c, i);
-        PLACE(l->x_in, floatX, X, n * C), PLACE(l->h1, floatX, X, n * C);
+#define PLACE(field, type, size, count) field = (type *)place(memory, at, (size) * (count))
+
+// Lays out one layer. Layer 0 has all of it; of the others `l` comes as a copy of that one, and what
+// is kept gets a place of its own. level: --recompute.
+static void layer_layout(LayerActivations *l, const Config *c, size_t n, int i, int level,
+                         char *memory, size_t *at) {
+    size_t C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F, X = sizeof(floatX);
+    bool middle = config_has_backout(c) && i == c->L / 2 + 1;  // its x_in is x_middle
+    if (i > 0 && (level < 2 || middle || i == 1)) PLACE(l->x_in, floatX, X, n * C);
+    if (i == 0 || level < 2) {
+        PLACE(l->h1, floatX, X, n * C), PLACE(l->h2, floatX, X, n * C);
         PLACE(l->r1, float, 4, n), PLACE(l->r2, float, 4, n);
         PLACE(l->qkv, floatX, X, n * 3 * C), PLACE(l->qk_r, float, 4, n * 2 * H);
-        PLACE(l->gate, float, 4, gated ? n *H : 0), PLACE(l->lse, float, 4, n *H);
-        PLACE(l->att, floatX, X, n * C), PLACE(l->h2, floatX, X, n * C);
-        PLACE(l->relu2, floatX, X, n * F);
+        PLACE(l->gate, float, 4, n *H), PLACE(l->lse, float, 4, n *H);
+        PLACE(l->att, floatX, X, n * C);
     }
-    a->x0 = a->layer[0].x_in;
-    PLACE(a->x, floatX, X, n * C), PLACE(a->att_out, floatX, X, n * C);
-    PLACE(a->mlp_out, floatX, X, n * C), PLACE(a->hf, floatX, X, n * C);
-    PLACE(a->rf, float, 4, n);
+    if (i == 0 || level < 1) PLACE(l->relu2, floatX, X, n * F);
+    if (i == 0 || level == 2) {
+        PLACE(l->x, floatX, X, n * C), PLACE(l->att_out, floatX, X, n * C);
+        PLACE(l->mlp_out, floatX, X, n * C);
+    }
+}
+
+// Lays out the activations of n tokens from `memory` on; returns their bytes. NULL: only counts.
+static size_t activations_layout(Activations *a, const Config *c, int tokens, int level,
+                                 char *memory) {
+    size_t n = (size_t)tokens, C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F;
+    size_t X = sizeof(floatX), head_rows = n < (size_t)HEAD_ROWS ? n : (size_t)HEAD_ROWS;
+    size_t bytes = 0, *at = &bytes;
+    PLACE(a->embed, floatX, X, n * C), PLACE(a->x0, floatX, X, n * C);
+    PLACE(a->embed_r, float, 4, n), PLACE(a->smear, float, 4, n);
+    for (int i = 0; i < c->L; i++) {
+        a->layer[i] = a->layer[i > 1];
+        if (i == 0) a->layer[i].x_in = a->x0;
+        layer_layout(&a->layer[i], c, n, i, level, memory, at);
+    }
+    PLACE(a->hf, floatX, X, n * C), PLACE(a->rf, float, 4, n);
     PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
     PLACE(a->dfc, floatX, X, n * F);
     PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
@@ -201,8 +236,15 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, ch
     PLACE(a->dqkv, floatX, X, n * 3 * C);
     PLACE(a->delta, float, 4, n *H), PLACE(a->dz, float, 4, n *H);
     PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
+    return bytes;
+}
 #undef PLACE
-    return at;
+
+// The stream that enters layer i; that of layer L enters the head.
+static Residual stream_into(const Activations *a, int i) {
+    if (i == 0) return {a->x0, NULL, NULL};
+    const LayerActivations *l = &a->layer[i - 1];
+    return {l->x, l->att_out, l->mlp_out};
 }
 
 // The stream as it left layer L/2, for backout; NULL where there is none.
@@ -226,6 +268,7 @@ struct Model {
     Views<floatX> w;
     Views<float> dw;
     bool held[MODEL_MAX_LAYERS + 2];  // blocks of weights between get and release
+    int recompute;                    // --recompute
     Activations a;
     void *activations;  // the memory behind a
 #ifdef USE_CUDNN
@@ -251,17 +294,36 @@ struct Model {
     cudaGraphExec_t graph;  // step_work in that phase; NULL: not captured
 };
 
-// A block of the table's weights, from get to release: 0 is embedding and smear, 1 + i is layer i,
-// 1 + L lambdas and head. On one GPU they are always there; held tells misuse.
-static const Views<floatX> *weights_get(Model *m, int block) {
+// The table's blocks of weights, each from get to release. On one GPU they are always there; held
+// tells misuse.
+static int embed_block(void) { return 0; }
+static int layer_block(int i) { return 1 + i; }
+static int head_block(const Model *m) { return 1 + m->cfg.L; }
+
+static void block_get(Model *m, int block) {
     assert(!m->held[block]);
     m->held[block] = true;
-    return &m->w;
 }
 
-static void weights_release(Model *m, int block) {
+static void block_release(Model *m, int block) {
     assert(m->held[block]);
     m->held[block] = false;
+}
+
+static const EmbedWeights *embed_get(Model *m) {
+    block_get(m, embed_block());
+    return &m->w.embed;
+}
+
+static const LayerWeights *layer_get(Model *m, int i) {
+    block_get(m, layer_block(i));
+    return &m->w.layer[i];
+}
+
+// All lambdas, too, which every layer reads: held through a whole pass.
+static const HeadWeights *head_get(Model *m) {
+    block_get(m, head_block(m));
+    return &m->w.head;
 }
 
 // =============================================================================================
@@ -325,60 +387,87 @@ static void attend_backward(Model *m, const DeviceBatch *b, const LayerActivatio
                        W, C, 3 * C, m->stream);
 }
 
-// From tokens to the head's input a.hf. Of the weights the caller holds the last block, with all
-// lambdas, through this and whatever it does then.
-static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase) {
+// The first half of layer i, from the stream that enters it to l->att.
+static void layer_attend(Model *m, const DeviceBatch *b, const Phase *phase, int i,
+                         const LayerWeights *w, const HeadWeights *lambdas, floatX *x_in) {
     const Config *c = &m->cfg;
-    const Views<floatX> *w = weights_get(m, 0);
     Activations *a = &m->a;
+    LayerActivations *l = &a->layer[i];
     Trace *t = &m->trace;
     cudaStream_t s = m->stream;
-    int n = b->n, C = c->C, H = c->H, D = c->D, F = c->F;
+    int n = b->n, C = c->C, H = c->H, D = c->D, W = phase->window[i];
     double nC = (double)sizeof(floatX) * n * C;
     const MatmulEpilogue store = {MATMUL_STORE};
 
-    trace_op(t, "embed_norm", -1, 0, 2 * nC);
-    embed_norm_forward(a->embed, a->embed_r, b->tokens, w->wte, n, C, s);
-    trace_op(t, "smear", -1, 0, 2 * nC);
-    smear_forward(a->x0, a->smear, a->embed, w->smear_gate, w->smear_lambda, b->doc_start, n, C, s);
-    weights_release(m, 0);
-    Residual stream = {a->x0, NULL, NULL};
-    for (int i = 0; i < c->L; i++) {
-        const LayerWeights *lw = &weights_get(m, 1 + i)->layer[i];
-        LayerActivations *l = &a->layer[i];
-        int W = phase->window[i];
+    trace_op(t, "mix_norm", i, 0, (i ? x_in ? 7 : 6 : 3) * nC);
+    mix_norm_forward(l->x, x_in, l->h1, l->r1, stream_into(a, i), a->x0, lambdas->resid_lambda + i,
+                     lambdas->x0_lambda + i, n, C, s);
+    trace_op(t, "qkv", i, matmul_flops(n, C, 3 * C), matmul_bytes(n, C, 3 * C));
+    matmul_forward(&m->matmul, l->qkv, matmul_operand(l->h1), matmul_operand(w->wqkv), store, n, C,
+                   3 * C, s);
+    if (w->value_embed) {
+        trace_op(t, "value_embed", i, 0, 3 * nC);
+        value_embed_forward(l->qkv + 2 * C, l->gate, l->h1, w->ve_gate, w->value_embed, b->tokens,
+                            n, H, D, 3 * C, s);
+    }
+    trace_op(t, "qk_norm_rope", i, 0, 4 * nC);
+    qk_forward(l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
+    trace_op(t, "attention", i, attention_flops(n, b->T, C, W, 2), 4 * nC);
+    attend(m, b, l, W);
+}
 
-        trace_op(t, "mix_norm", i, 0, (i ? 7 : 3) * nC);
-        mix_norm_forward(a->x, i ? l->x_in : NULL, l->h1, l->r1, stream, a->x0, w->resid_lambda + i,
-                         w->x0_lambda + i, n, C, s);
-        trace_op(t, "qkv", i, matmul_flops(n, C, 3 * C), matmul_bytes(n, C, 3 * C));
-        matmul_forward(&m->matmul, l->qkv, matmul_operand(l->h1), matmul_operand(lw->wqkv), store,
-                       n, C, 3 * C, s);
-        if (lw->value_embed) {
-            trace_op(t, "value_embed", i, 0, 3 * nC);
-            value_embed_forward(l->qkv + 2 * C, l->gate, l->h1, lw->ve_gate, lw->value_embed,
-                                b->tokens, n, H, D, 3 * C, s);
-        }
-        trace_op(t, "qk_norm_rope", i, 0, 4 * nC);
-        qk_forward(l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
-        trace_op(t, "attention", i, attention_flops(n, b->T, C, W, 2), 4 * nC);
-        attend(m, b, l, W);
+// h2 of layer i, the norm of the stream behind attention.
+static void layer_norm(Model *m, const DeviceBatch *b, int i) {
+    LayerActivations *l = &m->a.layer[i];
+    trace_op(&m->trace, "norm", i, 0, 3.0 * sizeof(floatX) * b->n * m->cfg.C);
+    residual_norm_forward(l->h2, l->r2, {l->x, l->att_out, NULL}, b->n, m->cfg.C, m->stream);
+}
+
+// relu2 of layer i, from h2.
+static void layer_fc(Model *m, const DeviceBatch *b, int i, const LayerWeights *w) {
+    LayerActivations *l = &m->a.layer[i];
+    int n = b->n, C = m->cfg.C, F = m->cfg.F;
+    trace_op(&m->trace, "fc relu2", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
+    matmul_forward(&m->matmul, l->relu2, matmul_operand(l->h2), matmul_operand(w->wfc),
+                   {MATMUL_RELU2}, n, C, F, m->stream);
+}
+
+// From tokens to the head's input a.hf.
+static void trunk_forward(Model *m, const DeviceBatch *b, const Phase *phase,
+                          const HeadWeights *head) {
+    const Config *c = &m->cfg;
+    Activations *a = &m->a;
+    Trace *t = &m->trace;
+    cudaStream_t s = m->stream;
+    int n = b->n, C = c->C, F = c->F;
+    double nC = (double)sizeof(floatX) * n * C;
+    const MatmulEpilogue store = {MATMUL_STORE};
+
+    const EmbedWeights *embed = embed_get(m);
+    trace_op(t, "embed_norm", -1, 0, 2 * nC);
+    embed_norm_forward(a->embed, a->embed_r, b->tokens, embed->wte, n, C, s);
+    trace_op(t, "smear", -1, 0, 2 * nC);
+    smear_forward(a->x0, a->smear, a->embed, embed->smear_gate, embed->smear_lambda, b->doc_start,
+                  n, C, s);
+    block_release(m, embed_block());
+    for (int i = 0; i < c->L; i++) {
+        const LayerWeights *w = layer_get(m, i);
+        LayerActivations *l = &a->layer[i];
+        bool x_in = i > 0 && (m->recompute < 2 || l->x_in == x_middle(a, c));
+        layer_attend(m, b, phase, i, w, head, x_in ? l->x_in : NULL);
         trace_op(t, "wo", i, matmul_flops(n, C, C), matmul_bytes(n, C, C));
-        matmul_forward(&m->matmul, a->att_out, matmul_operand(l->att), matmul_operand(lw->wo),
-                       store, n, C, C, s);
-        trace_op(t, "norm", i, 0, 3 * nC);
-        residual_norm_forward(l->h2, l->r2, {a->x, a->att_out, NULL}, n, C, s);
-        trace_op(t, "fc relu2", i, matmul_flops(n, C, F), matmul_bytes(n, C, F));
-        matmul_forward(&m->matmul, l->relu2, matmul_operand(l->h2), matmul_operand(lw->wfc),
-                       {MATMUL_RELU2}, n, C, F, s);
+        matmul_forward(&m->matmul, l->att_out, matmul_operand(l->att), matmul_operand(w->wo), store,
+                       n, C, C, s);
+        layer_norm(m, b, i);
+        layer_fc(m, b, i, w);
         trace_op(t, "proj", i, matmul_flops(n, F, C), matmul_bytes(n, F, C));
-        matmul_forward(&m->matmul, a->mlp_out, matmul_operand(l->relu2), matmul_operand(lw->wproj),
+        matmul_forward(&m->matmul, l->mlp_out, matmul_operand(l->relu2), matmul_operand(w->wproj),
                        store, n, F, C, s);
-        stream = {a->x, a->att_out, a->mlp_out};
-        weights_release(m, 1 + i);
+        block_release(m, layer_block(i));
     }
     trace_op(t, "backout_norm", -1, 0, (x_middle(a, c) ? 5 : 4) * nC);
-    backout_norm_forward(a->hf, a->rf, stream, x_middle(a, c), w->backout_lambda, n, C, s);
+    backout_norm_forward(a->hf, a->rf, stream_into(a, c->L), x_middle(a, c), head->backout_lambda,
+                         n, C, s);
     trace_end(t);
 }
 
@@ -396,9 +485,11 @@ static void keep_logits(Model *m, float *keep /* (rows, V) */, int rows) {
 }
 
 // Losses of n tokens into a.losses, the head in chunks of HEAD_ROWS: the logits of a whole
-// micro-batch never exist at once. With grad_scale > 0 also the gradients: into dw.lm_head, and for
-// the trunk into a.dh. keep: (n, V) on the host, for the capped logits, or NULL.
-static void head_loss(Model *m, const DeviceBatch *b, float grad_scale, float *keep) {
+// micro-batch never exist at once. With grad_scale > 0 also the gradients: that of lm_head, added to
+// what is there from other micro-batches (`first`: nothing yet), and for the trunk a.dh. keep: (n, V)
+// on the host, for the capped logits, or NULL.
+static void head_loss(Model *m, const DeviceBatch *b, const HeadWeights *head, float grad_scale,
+                      bool first, float *keep) {
     Activations *a = &m->a;
     Trace *t = &m->trace;
     cudaStream_t s = m->stream;
@@ -409,29 +500,31 @@ static void head_loss(Model *m, const DeviceBatch *b, float grad_scale, float *k
         floatX *hf = a->hf + (size_t)from * C, *dh = a->dh + (size_t)from * C;
         double flops = matmul_flops(rows, C, Vp), bytes = matmul_bytes(rows, C, Vp);
         trace_op(t, "head", -1, flops, bytes);
-        matmul_forward(&m->matmul, a->logits, matmul_operand(hf), matmul_operand(m->w.lm_head),
+        matmul_forward(&m->matmul, a->logits, matmul_operand(hf), matmul_operand(head->lm_head),
                        store, rows, C, Vp, s);
         if (keep) keep_logits(m, keep + (size_t)from * (size_t)V, rows);
         trace_op(t, "classifier", -1, 0, 2.0 * sizeof(floatX) * rows * Vp);
         classifier(a->logits, a->losses + from, b->targets + from, grad_scale, rows, V, Vp, s);
         if (grad_scale <= 0) continue;
         trace_op(t, "head dgrad", -1, flops, bytes);
-        matmul_dgrad(&m->matmul, dh, matmul_operand(a->logits), matmul_operand(m->w.lm_head), store,
-                     rows, C, Vp, s);
+        matmul_dgrad(&m->matmul, dh, matmul_operand(a->logits), matmul_operand(head->lm_head),
+                     store, rows, C, Vp, s);
         trace_op(t, "head wgrad", -1, flops, wgrad_bytes(rows, C, Vp));
-        matmul_wgrad(&m->matmul, m->dw.lm_head, matmul_operand(a->logits), matmul_operand(hf), rows,
-                     C, Vp, s);
+        matmul_wgrad(&m->matmul, m->dw.head.lm_head, matmul_operand(a->logits), matmul_operand(hf),
+                     first && from == 0 ? MATMUL_STORE : MATMUL_ADD, rows, C, Vp, s);
     }
     trace_end(t);
 }
 
 // One layer's backward: a.dx comes in as the gradient of the stream that leaves layer i, and goes
-// out as that of the stream that enters it. Each step undoes the line of trunk_forward it names.
-static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, int i) {
+// out as that of the stream that enters it; of the first layer, all of x0's goes out as a.dx0. Each
+// step undoes the line of forward that it names. first: of the step's micro-batches.
+static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, int i,
+                           const HeadWeights *lambdas, bool first) {
     const Config *c = &m->cfg;
     Activations *a = &m->a;
     LayerActivations *l = &a->layer[i];
-    const LayerWeights *w = &weights_get(m, 1 + i)->layer[i];
+    const LayerWeights *w = layer_get(m, i);
     const LayerGradients *dw = &m->dw.layer[i];
     Matmul *mm = &m->matmul;
     Trace *t = &m->trace;
@@ -442,23 +535,28 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     double flops_C = matmul_flops(n, C, C), bytes_C = matmul_bytes(n, C, C);
     double flops_3C = 3 * flops_C, bytes_3C = matmul_bytes(n, C, 3 * C);
     const MatmulEpilogue store = {MATMUL_STORE};
+    const MatmulEpilogueKind into = first ? MATMUL_STORE : MATMUL_ADD;  // gradients of weights
 
+    // what forward did not keep
+    if (m->recompute == 2) layer_attend(m, b, phase, i, w, lambdas, i ? l->x_in : NULL);
+    if (m->recompute == 2) layer_norm(m, b, i);
+    if (m->recompute >= 1) layer_fc(m, b, i, w);
     // mlp_out = relu2 wproj^T
     trace_op(t, "proj dgrad relu2", i, flops_F, bytes_F + nF);
     matmul_dgrad(mm, a->dfc, matmul_operand(a->dx), matmul_operand(w->wproj),
                  {MATMUL_RELU2_BACKWARD, l->relu2}, n, F, C, s);
     trace_op(t, "proj wgrad", i, flops_F, wgrad_bytes(n, F, C));
-    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(l->relu2), n, F, C, s);
+    matmul_wgrad(mm, dw->wproj, matmul_operand(a->dx), matmul_operand(l->relu2), into, n, F, C, s);
     // relu2 = relu(h2 wfc^T)^2, h2 = N(x + att_out)
     trace_op(t, "fc wgrad", i, flops_F, wgrad_bytes(n, C, F));
-    matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), n, C, F, s);
+    matmul_wgrad(mm, dw->wfc, matmul_operand(a->dfc), matmul_operand(l->h2), into, n, C, F, s);
     trace_op(t, "fc dgrad", i, flops_F, bytes_F);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dfc), matmul_operand(w->wfc), store, n, C, F, s);
     trace_op(t, "norm backward", i, 0, 5 * nC);
     residual_norm_backward(a->datt_out, a->dx_mlp, a->dx, a->dh, l->h2, l->r2, n, C, s);
     // att_out = att wo^T
     trace_op(t, "wo wgrad", i, flops_C, wgrad_bytes(n, C, C));
-    matmul_wgrad(mm, dw->wo, matmul_operand(a->datt_out), matmul_operand(l->att), n, C, C, s);
+    matmul_wgrad(mm, dw->wo, matmul_operand(a->datt_out), matmul_operand(l->att), into, n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->datt_out), matmul_operand(w->wo), store, n, C, C, s);
     trace_op(t, "attention backward", i, attention_flops(n, b->T, C, W, 5), 8 * nC);
@@ -473,7 +571,8 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
     // qkv = h1 wqkv^T
     trace_op(t, "qkv wgrad", i, flops_3C, wgrad_bytes(n, C, 3 * C));
-    matmul_wgrad(mm, dw->wqkv, matmul_operand(a->dqkv), matmul_operand(l->h1), n, C, 3 * C, s);
+    matmul_wgrad(mm, dw->wqkv, matmul_operand(a->dqkv), matmul_operand(l->h1), into, n, C, 3 * C,
+                 s);
     trace_op(t, "qkv dgrad", i, flops_3C, bytes_3C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->dqkv), matmul_operand(w->wqkv), store, n, C, 3 * C,
                  s);
@@ -482,12 +581,13 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
         value_gate_backward(dw->ve_gate, a->dh, a->dz, l->h1, w->ve_gate, a->scratch, n, H, C, s);
     }
     // h1 = N(x), x = resid_lambda x_in + x0_lambda x0
-    trace_op(t, "mix_norm backward", i, 0, (i ? 9 : 8) * nC);
-    mix_norm_backward(a->dx, a->dx0, m->dw.resid_lambda + i, m->dw.x0_lambda + i, a->dx_mlp, a->dh,
-                      l->h1, l->r1, l->x_in, a->x0, m->w.resid_lambda + i, m->w.x0_lambda + i,
+    trace_op(t, "mix_norm backward", i, 0, (i && i < c->L - 1 ? 9 : 7) * nC);
+    mix_norm_backward(i ? a->dx : NULL, a->dx0, m->dw.head.resid_lambda + i,
+                      m->dw.head.x0_lambda + i, a->dx, a->dx_mlp, a->dh, l->h1, l->r1, l->x_in,
+                      a->x0, lambdas->resid_lambda + i, lambdas->x0_lambda + i, i < c->L - 1,
                       a->scratch, n, C, s);
     trace_end(t);
-    weights_release(m, 1 + i);
+    block_release(m, layer_block(i));
 }
 
 // The gradients of a block have their last term: their squares are summed on the side.
@@ -502,9 +602,10 @@ static void block_is_final(Model *m, int block) {
     }
 }
 
-// From a.dh, the gradient of the head's input, to all gradients, which are added to. last: of the
-// step's micro-batches; a block is final when its layer is done.
-static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, bool last) {
+// From a.dh, the gradient of the head's input, to all gradients. first, last: of the step's
+// micro-batches; in the last a block is final when its layer is done.
+static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase,
+                           const HeadWeights *head, bool first, bool last) {
     const Config *c = &m->cfg;
     Activations *a = &m->a;
     Trace *t = &m->trace;
@@ -514,36 +615,55 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase, b
     bool backout = config_has_backout(c);
 
     trace_op(t, "backout_norm backward", -1, 0, (backout ? 5 : 3) * nC);
-    backout_norm_backward(a->dx, a->dx_middle, m->dw.backout_lambda, a->dh, a->hf, a->rf,
-                          x_middle(a, c), m->w.backout_lambda, a->scratch, n, C, s);
-    CUDA_CHECK(cudaMemsetAsync(a->dx0, 0, (size_t)n * C * sizeof(floatX), s));
+    backout_norm_backward(a->dx, a->dx_middle, m->dw.head.backout_lambda, a->dh, a->hf, a->rf,
+                          x_middle(a, c), head->backout_lambda, a->scratch, n, C, s);
     for (int i = L - 1; i >= 0; i--) {
         if (backout && i == L / 2) add_forward(a->dx, a->dx_middle, (size_t)n * C, s);
-        layer_backward(m, b, phase, i);
-        if (last) block_is_final(m, 1 + i);
+        layer_backward(m, b, phase, i, head, first);
+        if (last) block_is_final(m, layer_block(i));
     }
-    trace_op(t, "smear backward", -1, 0, 6 * nC);
-    add_forward(a->dx0, a->dx, (size_t)n * C, s);  // the first layer's x_in is x0
-    const Views<floatX> *w = weights_get(m, 0);
-    smear_backward(a->dx, m->dw.smear_gate, m->dw.smear_lambda, a->dx0, a->embed, a->smear,
-                   w->smear_gate, w->smear_lambda, b->doc_start, a->scratch, n, C, s);
-    weights_release(m, 0);
+    const EmbedWeights *embed = embed_get(m);
+    trace_op(t, "smear backward", -1, 0, 3 * nC);
+    smear_backward(a->dx, m->dw.embed.smear_gate, m->dw.embed.smear_lambda, a->dx0, a->embed,
+                   a->smear, embed->smear_gate, embed->smear_lambda, b->doc_start, a->scratch, n, C,
+                   s);
+    block_release(m, embed_block());
     trace_op(t, "embed_norm backward", -1, 0, 5 * nC + 4.0 * n * C);
     norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, s);
-    embed_backward(m->dw.wte, a->dx, b->index, a->scratch, n, C, s);
+    embed_backward(m->dw.embed.wte, a->dx, b->index, a->scratch, n, C, s);
     trace_end(t);
-    if (last) block_is_final(m, 0), block_is_final(m, 1 + L);
+    if (last) block_is_final(m, embed_block()), block_is_final(m, head_block(m));
 }
 
-// Forward and backward of micro-batch `micro` of the step; gradients are added to.
+// Forward and backward of micro-batch `micro` of the step: its gradients are added to those before.
 static void model_accumulate(Model *m, const DeviceBatch *b, const Phase *phase, int64_t micro,
                              float *keep) {
-    weights_get(m, 1 + m->cfg.L);
-    trunk_forward(m, b, phase);
-    head_loss(m, b, (float)(1.0 / (double)phase->batch), keep);
+    bool first = micro == 0, last = micro + 1 == phase->micro_steps;
+    const HeadWeights *head = head_get(m);
+    trunk_forward(m, b, phase, head);
+    head_loss(m, b, head, (float)(1.0 / (double)phase->batch), first, keep);
     loss_reduce(m->step, m->a.losses, b->n, b->T, (int)micro * phase->micro_rows, m->stream);
-    trunk_backward(m, b, phase, micro + 1 == phase->micro_steps);
-    weights_release(m, 1 + m->cfg.L);
+    trunk_backward(m, b, phase, head, first, last);
+    block_release(m, head_block(m));
+}
+
+// Whether a gradient is made by a product (matmul_wgrad).
+static bool by_product(const Tensor *x) {
+    return x->role == LM_HEAD || (x->role >= WQ && x->role <= WPROJ);
+}
+
+// Clears the gradients that kernels only add to, of tables and of small tensors, neighbours at one
+// go. Those made by products are written by the first micro-batch.
+static void gradients_clear(Model *m) {
+    const Table *t = &m->table;
+    for (int i = 0, end; i < t->count; i = end) {
+        size_t from = t->tensor[i].offset, to = from;
+        for (end = i; end < t->count && !by_product(&t->tensor[end]); end++)
+            to = t->tensor[end].offset + tensor_numel(&t->tensor[end]);
+        if (end == i) end++;
+        if (to > from)
+            CUDA_CHECK(cudaMemsetAsync(m->grads + from, 0, (to - from) * sizeof(float), m->stream));
+    }
 }
 
 // =============================================================================================
@@ -692,7 +812,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     cudaStream_t s = m->stream;
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
-    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->table.numel * sizeof(float), s));
+    gradients_clear(m);
     if (!m->loaded) fetch_batches(m, loader, phase);
     send_batches(m, phase, keep);
     step_run(m, phase, keep);
@@ -726,10 +846,10 @@ static DeviceBatch send_rows(Model *m, const int *inputs, const int *targets, in
 void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
                   const Phase *phase, double *losses) {
     DeviceBatch b = send_rows(m, inputs, targets, rows, T);
-    weights_get(m, 1 + m->cfg.L);
-    trunk_forward(m, &b, phase);
-    head_loss(m, &b, 0, NULL);
-    weights_release(m, 1 + m->cfg.L);
+    const HeadWeights *head = head_get(m);
+    trunk_forward(m, &b, phase, head);
+    head_loss(m, &b, head, 0, false, NULL);
+    block_release(m, head_block(m));
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->a.losses, (size_t)b.n * sizeof(float),
                                cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
@@ -745,12 +865,12 @@ void model_logits(Model *m, const int *tokens, int count, const Phase *phase, fl
     floatX *raw = (floatX *)die_alloc((size_t)c->Vp, sizeof *raw, "a sample's logits");
     for (int t = 0; t < T; t++) row[t] = t < count ? tokens[t] : c->bos;
     DeviceBatch b = send_rows(m, row, NULL, 1, T);
-    weights_get(m, 1 + c->L);
-    trunk_forward(m, &b, phase);
+    const HeadWeights *head = head_get(m);
+    trunk_forward(m, &b, phase, head);
     const MatmulEpilogue store = {MATMUL_STORE};
     matmul_forward(&m->matmul, m->a.logits, matmul_operand(m->a.hf + (size_t)(count - 1) * c->C),
-                   matmul_operand(m->w.lm_head), store, 1, c->C, c->Vp, m->stream);
-    weights_release(m, 1 + c->L);
+                   matmul_operand(head->lm_head), store, 1, c->C, c->Vp, m->stream);
+    block_release(m, head_block(m));
     CUDA_CHECK(cudaMemcpyAsync(raw, m->a.logits, (size_t)c->Vp * sizeof *raw,
                                cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
@@ -761,10 +881,11 @@ void model_logits(Model *m, const int *tokens, int count, const Phase *phase, fl
 // =============================================================================================
 // Memory: what the model takes, gives back, shows and exchanges with saves.
 
-// Tokens at once, when --micro-batch does not say: 11 C L numbers a token within 28 GB,
-// so that an 80 GB GPU holds them beside a model of depth 24.
-int model_micro_tokens(const Config *c) {
-    double most = 28e9 / (11.0 * sizeof(floatX) * c->C * c->L);
+// Tokens at once, when --micro-batch does not say: what is kept of them within 28 GB, so that an
+// 80 GB GPU holds it beside a model of depth 24.
+int model_micro_tokens(const Config *c, int recompute) {
+    static const double kept[] = {11, 7, 3};
+    double most = 28e9 / (kept[recompute] * sizeof(floatX) * c->C * c->L);
     return most < 131072 ? (int)most : 131072;
 }
 
@@ -873,7 +994,8 @@ static int memory_rows(DescribeMemory *rows, Model *m, const Phase *most) {
         {"optimizer, first state", arena},
         {"optimizer, second state", (double)m->table.state_numel * sizeof(float)},
         {"Muon's scratch", (double)muon_bytes(&m->table, MUON_SCRATCH)},
-        {"activations of a micro-batch", (double)activations_layout(&a, &m->cfg, n, NULL)},
+        {"activations of a micro-batch",
+         (double)activations_layout(&a, &m->cfg, n, m->recompute, NULL)},
         {"batches of a step", (double)feed_batch_bytes(n) * (double)most->micro_steps},
         {"workspace of matrix products", (double)MATMUL_WORKSPACE},
         {"norms, rotary angles", (double)numbers_layout(m, NULL)},
@@ -889,7 +1011,7 @@ int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
     Phase most = phase_largest(plan, c);
     Model *m = (Model *)die_alloc(1, sizeof *m, "a model");
     model_require(c, plan);
-    m->cfg = *c;
+    m->cfg = *c, m->recompute = plan->recompute;
     table_init(&m->table, c);
 #ifdef USE_CUDNN
     m->cudnn_bytes = CUDNN_DETERMINISTIC;  // about: without a GPU there is no plan
@@ -917,7 +1039,7 @@ static void require_memory(Model *m, const Phase *most) {
 void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
     Phase most = phase_largest(plan, cfg);
     memset(m, 0, sizeof *m);
-    m->cfg = *cfg;
+    m->cfg = *cfg, m->recompute = plan->recompute;
     model_require(cfg, plan);
     gpu_init(&m->gpu);
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
@@ -951,9 +1073,9 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
 
     int tokens = most.micro_rows * most.T, places = (int)most.micro_steps;
     m->max_tokens = (size_t)tokens;
-    m->activations =
-        gpu_alloc(&m->gpu, activations_layout(&m->a, cfg, tokens, NULL), "the activations");
-    activations_layout(&m->a, cfg, tokens, (char *)m->activations);
+    m->activations = gpu_alloc(&m->gpu, activations_layout(&m->a, cfg, tokens, m->recompute, NULL),
+                               "the activations");
+    activations_layout(&m->a, cfg, tokens, m->recompute, (char *)m->activations);
 #ifdef USE_CUDNN
     m->cudnn_work = gpu_alloc(&m->gpu, m->cudnn_bytes, "cuDNN's attention");
 #endif

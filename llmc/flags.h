@@ -52,6 +52,8 @@
       "tokens per update; 0: a power of two that suits the horizon")                             \
     F(int, INT, micro_batch, "micro-batch", "0", 0, 1 << 20,                                     \
       "rows at once per rank; 0: within 8192 tokens (CPU), 131072 or 28 GB (GPU)")                \
+    F(int, INT, recompute, "recompute", "0", 0, 2,                                               \
+      "on a GPU, what backward makes again: 0 nothing, 1 relu^2, 2 the layer")                   \
     /* how long */                                                                               \
     F(int64_t, INT64, steps, "steps", "0", 0, 1e12,                                              \
       "updates; 0: from --tokens or --ratio")                                                    \

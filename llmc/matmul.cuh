@@ -290,11 +290,13 @@ static inline void matmul_dgrad(Matmul *m,
 }
 
 static inline void matmul_wgrad(Matmul *m,
-                                float *dw,         // (N, K), added to
+                                float *dw,         // (N, K)
                                 MatmulOperand dy,  // (n, N)
                                 MatmulOperand x,   // (n, K)
+                                MatmulEpilogueKind into /* MATMUL_STORE: dw =; MATMUL_ADD: dw += */,
                                 int n, int K, int N, cudaStream_t stream) {
-    matmul(m, dw, CUDA_R_32F, dy, true, x, false, dw, 1, 1, N, K, n, 1, stream);
+    assert(into == MATMUL_STORE || into == MATMUL_ADD);
+    matmul(m, dw, CUDA_R_32F, dy, true, x, false, dw, 1, into == MATMUL_ADD, N, K, n, 1, stream);
 }
 
 // ---------------------------------------------------------------------------------------------

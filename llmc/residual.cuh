@@ -16,12 +16,13 @@
 //     dx_mlp = r (dh - h mean(dh h)),   da = dx + dx_mlp
 // Backward of mix_norm. Its x has a third way, through attention; d is all of its gradient:
 //     d = dx + dx_mlp + r (dh - h mean(dh h)),   dlambda += <d, x_in>,   dlambda0 += <d, x0>,
-//     dx0 += lambda0 d,   dx = lambda d, the gradient of what enters the layer
+//     dx0 += lambda0 d,   dx_in = lambda d, the gradient of what enters the layer
+// In the last layer dx0 is made, not added to. In the first x_in is x0, and dx_in goes into dx0, too.
 //
 // Tensors are (n, C), r is (n), lambdas are FP32 on the device, and so are their gradients. All of
 // it is FP32 in registers, rounded only where it is stored: h is the norm of the x before rounding.
 // Moved per token, of floatX, forward and backward:
-//     mix_norm 7C, 9C; in the first layer, where S and x_in are x0, 3C, 8C
+//     mix_norm 7C, 9C; in the last layer 7C, 8C; in the first, where S and x_in are x0, 3C, 7C
 //     residual_norm 3C, 5C
 //     backout_norm 5C, 5C; without x_middle 4C, 3C
 //     add 3C
@@ -99,11 +100,11 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
 }
 
 static __global__ void __launch_bounds__(CHANNELS_THREADS)
-    mix_norm_backward_kernel(floatX *dx, floatX *dx0, double *part, const floatX *dx_mlp,
-                             const floatX *dh, const floatX *h, const float *r, const floatX *x_in,
-                             const floatX *x0, const float *lambda, const float *lambda0, int n,
-                             int C) {
-    float l = *lambda, l0 = *lambda0;
+    mix_norm_backward_kernel(floatX *dx_in, floatX *dx0, double *part, const floatX *dx,
+                             const floatX *dx_mlp, const floatX *dh, const floatX *h,
+                             const float *r, const floatX *x_in, const floatX *x0,
+                             const float *lambda, const float *lambda0, bool add, int n, int C) {
+    float l = *lambda, l0 = *lambda0 + (dx_in ? 0 : l);
     double dl = 0, dl0 = 0;
     for (int t = token_first(); t < n; t += token_step()) {
         size_t at = (size_t)t * C;
@@ -119,11 +120,11 @@ static __global__ void __launch_bounds__(CHANNELS_THREADS)
         channels_load(in, x_in + at, C);
         channels_load(in0, x0 + at, C);
         dl += channels_dot(d, in), dl0 += channels_dot(d, in0);
-        channels_load(d0, dx0 + at, C);
+        channels_load(d0, dx0 + at, add ? C : 0);
 #pragma unroll
         for (int i = 0; i < CHANNELS_HELD; i++) d0[i] += l0 * d[i], d[i] *= l;
         channels_store(dx0 + at, d0, C);
-        channels_store(dx + at, d, C);
+        channels_store(dx_in + at, d, dx_in ? C : 0);
     }
     tokens_leave_sum(part, x_in == x0 ? dl : dl / X_IN_SCALE);
     tokens_leave_sum(part + gridDim.x, dl0);
@@ -222,10 +223,11 @@ static inline void mix_norm_forward(floatX *x,             // (n, C), may be sum
 }
 
 static inline void
-mix_norm_backward(floatX *dx,            // (n, C), of what leaves the layer; on return of x_in
-                  floatX *dx0,           // (n, C), added to
-                  float *dlambda,        // (1), added to
-                  float *dlambda0,       // (1), added to
+mix_norm_backward(floatX *dx_in,     // (n, C), of what enters the layer; may be dx. NULL: x0 does
+                  floatX *dx0,       // (n, C)
+                  float *dlambda,    // (1), added to
+                  float *dlambda0,   // (1), added to
+                  const floatX *dx,  // (n, C), of what leaves the layer
                   const floatX *dx_mlp,  // (n, C), of residual_norm_backward
                   const floatX *dh,      // (n, C)
                   const floatX *h,       // (n, C), forward's output
@@ -234,12 +236,13 @@ mix_norm_backward(floatX *dx,            // (n, C), of what leaves the layer; on
                   const floatX *x0,      // (n, C)
                   const float *lambda,   // (1)
                   const float *lambda0,  // (1)
+                  bool add,              // dx0 is added to; else it is written
                   void *scratch,         // residual_scratch_bytes(n, C)
                   int n, int C, cudaStream_t stream) {
     TokenLaunch l = token_launch(n, C, RESIDUAL_REPEATS);
     double *part = (double *)scratch;
-    mix_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx, dx0, part, dx_mlp, dh, h, r, x_in,
-                                                             x0, lambda, lambda0, n, C);
+    mix_norm_backward_kernel<<<l.grid, l.block, 0, stream>>>(dx_in, dx0, part, dx, dx_mlp, dh, h, r,
+                                                             x_in, x0, lambda, lambda0, add, n, C);
     CUDA_LAUNCHED();
     tokens_add_sums(dlambda, 1, dlambda0, part, (int)l.grid.x, stream);
 }

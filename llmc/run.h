@@ -37,7 +37,7 @@
 typedef struct Model Model;  // the trainer's own
 
 // Most tokens of a micro-batch where --micro-batch does not say how many rows; a pure function.
-int model_micro_tokens(const Config *);
+int model_micro_tokens(const Config *, int recompute);
 
 // Takes all memory of a run with this plan and fills the parameters; model_free releases it.
 void model_init(Model *, const Config *, const Plan *, uint32_t seed, bool test_init);
@@ -134,7 +134,7 @@ static inline void run_configure(Run *r, int argc, char **argv) {
         die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
     r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
                                r->has_tokenizer ? r->tokenizer.bos : -1);
-    r->plan = plan_from_flags(f, &r->cfg, 1, model_micro_tokens(&r->cfg));
+    r->plan = plan_from_flags(f, &r->cfg, 1, model_micro_tokens(&r->cfg, f->recompute));
     table_init(&r->table, &r->cfg);
 }
 

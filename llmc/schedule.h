@@ -33,6 +33,7 @@ typedef struct {
         micro_steps;   // forward and backward passes per update, each of micro_rows on every rank
     double horizon;    // Z
     double horizon12;  // Z12
+    int recompute;     // what backward makes again instead of keeping it, on a GPU: 0 to 2
 } Plan;
 
 // What may change from one step to the next, but for T: the loader's rows keep one length. Without
@@ -75,6 +76,7 @@ static inline int plan_default_micro_rows(int64_t rows, int T, int tokens) {
 static inline Plan plan_from_flags(const Flags *f, const Config *c, int ranks, int micro_tokens) {
     Plan p;
     double P = config_matrix_params(c);
+    p.recompute = f->recompute;
     p.horizon = f->ratio * P;
     p.horizon12 = f->ratio * (12.0 * 12 * 768 * 768 + 768.0 * c->V);
     p.batch = f->batch_tokens ? f->batch_tokens : plan_default_batch(p.horizon, p.horizon12);
@@ -159,8 +161,9 @@ static inline Schedule schedule_at(int64_t it, int64_t n, int warmup) {
 }
 
 // The learning rate of a group, numbers k, where the schedule is at s. In step 0 the lambdas rest:
-// as long as wo and wproj are 0, x is a multiple of x0 and every norm undoes lambdas, so that their
-// gradients are 0 but for rounding, whose sign AdamW would take for a direction. (H200, depth 12,
+// as long as wo and wproj are 0, x is a multiple of x0 and every norm undoes resid_lambda, x0_lambda
+// and backout_lambda, so that their gradients are 0 but for rounding, whose sign AdamW would take
+// for a direction. (smear_lambda, which has a gradient, is of backout's group and rests with it.) (H200, depth 12,
 // BF16 against FP32 with and without that first step: the losses of step 14 are 0.028 and 0.005
 // apart.)
 static inline double schedule_lr(Schedule s, GroupNumbers k, Group group) {

@@ -155,7 +155,7 @@ static void trainer_configure(Trainer *t, const char *flags) {
     for (char *word = strtok(t->text, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
     flags_parse(&t->flags, table, argc, argv);
     t->cfg = config_from_flags(&t->flags, -1, -1);
-    t->plan = plan_from_flags(&t->flags, &t->cfg, 1, model_micro_tokens(&t->cfg));
+    t->plan = plan_from_flags(&t->flags, &t->cfg, 1, model_micro_tokens(&t->cfg, 0));
     t->phase = phase_at(&t->plan, &t->cfg, 0);
 }
 

@@ -85,20 +85,27 @@ static void check_dgrad(int n, int K, int N) {
     gpu_end_case();
 }
 
-static void check_wgrad(int n, int K, int N) {
+static void check_wgrad(int n, int K, int N, MatmulEpilogueKind into) {
     GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
     GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
-    GpuArray<float> dw = gpu_normal<float>("dw", (size_t)N * K, 10);
-    float *expected = gpu_expected((size_t)N * K);
-    reference(expected, dy.host, true, x.host, false, dw.host, 1, 1, N, K, n, 1);
-    matmul_wgrad(&mm, dw.device, matmul_operand(dy.device), matmul_operand(x.device), n, K, N, 0);
+    size_t count = (size_t)N * K;
+    bool add = into == MATMUL_ADD;
+    GpuArray<float> dw =
+        add ? gpu_normal<float>("dw", count, 10) : gpu_poisoned<float>("dw", count);
+    float *expected = gpu_expected(count);
+    reference(expected, dy.host, true, x.host, false, add ? dw.host : expected, 1, add, N, K, n, 1);
+    matmul_wgrad(&mm, dw.device, matmul_operand(dy.device), matmul_operand(x.device), into, n, K, N,
+                 0);
     gpu_compare(dw, expected, N, K, "n %d, K %d, N %d", n, K, N);
     gpu_end_case();
 }
 
 TEST(forward) { each_layer(check_forward); }
 TEST(dgrad) { each_layer(check_dgrad); }
-TEST(wgrad_adds) { each_layer(check_wgrad); }
+static void check_wgrad_both(int n, int K, int N) {
+    check_wgrad(n, K, N, MATMUL_ADD), check_wgrad(n, K, N, MATMUL_STORE);
+}
+TEST(wgrad) { each_layer(check_wgrad_both); }
 
 // Muon's products among them: X X^T, X^T X, b A + c A^2 and a X + B X.
 TEST(batched) {
@@ -176,14 +183,13 @@ TEST(same_bits_again) {
         for (int run = 0; run < 3; run++) {
             GpuArray<floatX> y = gpu_poisoned<floatX>("y", (size_t)n * N);
             GpuArray<floatX> dx = gpu_poisoned<floatX>("dx", (size_t)n * K);
-            float *zeros = gpu_expected((size_t)N * K);
-            GpuArray<float> dw = gpu_copy<float>("dw", zeros, (size_t)N * K);
+            GpuArray<float> dw = gpu_poisoned<float>("dw", (size_t)N * K);
             MatmulOperand X = matmul_operand(x.device), dY = matmul_operand(dy.device);
             MatmulOperand W = matmul_operand(w.device);
             CUDA_CHECK(cudaMemset(mm.workspace, 17 * run, MATMUL_WORKSPACE));
             matmul_forward(&mm, y.device, X, W, {MATMUL_STORE}, n, K, N, 0);
             matmul_dgrad(&mm, dx.device, dY, W, {MATMUL_STORE}, n, K, N, 0);
-            matmul_wgrad(&mm, dw.device, dY, X, n, K, N, 0);
+            matmul_wgrad(&mm, dw.device, dY, X, MATMUL_STORE, n, K, N, 0);
             float *now[3] = {gpu_read(y), gpu_read(dx), gpu_read(dw)};
             size_t count[3] = {y.count, dx.count, dw.count};
             for (int i = 0; i < 3; i++) {
@@ -422,7 +428,7 @@ TEST(fp8_operands) {
     matmul_dgrad(&mm, dx.device, fp8_operand(dy, sdy, n, N, false), fp8_operand(w, sw, N, K, true),
                  {MATMUL_STORE}, n, K, N, 0);
     matmul_wgrad(&mm, dw.device, fp8_operand(dy, sdy, n, N, true), fp8_operand(x, sx, n, K, true),
-                 n, K, N, 0);
+                 MATMUL_ADD, n, K, N, 0);
     gpu_compare(y, expected_y, n, N, "n %d, K %d, N %d", n, K, N);
     gpu_compare(dx, expected_dx, n, K, "n %d, K %d, N %d", n, K, N);
     gpu_compare(dw, expected_dw, N, K, "n %d, K %d, N %d", n, K, N);
@@ -521,7 +527,7 @@ int main(int argc, char **argv) {
     }
     RUN(forward);
     RUN(dgrad);
-    RUN(wgrad_adds);
+    RUN(wgrad);
     RUN(batched);
     RUN(square);
     RUN(same_bits_again);

@@ -60,13 +60,18 @@ static void check_mix_forward(int n, int C, int parts) {
     gpu_end_case();
 }
 
-// one_buffer: x_in is x0, as in the first layer.
-static void check_mix_backward(int n, int C, bool one_buffer) {
+enum { LAYER_FIRST = 1, LAYER_LAST = 2 };
+
+// In the first layer x_in is x0, and no dx_in is left; the last writes dx0, which is poisoned.
+static void check_mix_backward(int n, int C, int layer) {
     size_t nC = (size_t)n * C;
     GpuArray<floatX> x0 = gpu_normal<floatX>("x0", nC, 1);
-    GpuArray<floatX> x_in = one_buffer ? x0 : x_in_normal("x_in", nC, 1);
+    bool first = layer & LAYER_FIRST, last = layer & LAYER_LAST;
+    GpuArray<floatX> x_in = first ? x0 : x_in_normal("x_in", nC, 1);
     GpuArray<floatX> dh = gpu_normal<floatX>("dh", nC, 1), h = gpu_normal<floatX>("h", nC, 1);
-    GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1), dx0 = gpu_normal<floatX>("dx0", nC, 1);
+    GpuArray<floatX> dx = gpu_normal<floatX>("dx", nC, 1);
+    GpuArray<floatX> dx0 =
+        last ? gpu_poisoned<floatX>("dx0", nC) : gpu_normal<floatX>("dx0", nC, 1);
     GpuArray<floatX> dx_mlp = gpu_normal<floatX>("dx_mlp", nC, 1);
     GpuArray<float> r = gpu_random<float>("r", n, 0.5, 2);
     GpuArray<float> l = gpu_copy<float>("lambda", &lambda, 1);
@@ -76,18 +81,23 @@ static void check_mix_backward(int n, int C, bool one_buffer) {
     void *scratch = gpu_bytes("scratch", residual_scratch_bytes(n, C));
 
     float *d = gpu_expected(nC), *d0 = gpu_expected(nC), dlambda = before, dlambda0 = before;
-    memcpy(d, dx.host, nC * sizeof *d), memcpy(d0, dx0.host, nC * sizeof *d0);
+    memcpy(d, dx.host, nC * sizeof *d);
+    if (!last) memcpy(d0, dx0.host, nC * sizeof *d0);
     cpu::add_forward(d, dx_mlp.host, (int64_t)nC);
     cpu::norm_backward(d, dh.host, h.host, r.host, n, C, true);
     float size = sum_of_sizes(d, x_in.host, nC), size0 = sum_of_sizes(d, x0.host, nC);
     cpu::mix_backward(d, d0, &dlambda, &dlambda0, d, x_in.host, x0.host, lambda, lambda0,
                       gpu_expected<double>(n), n, C);
-    mix_norm_backward(dx.device, dx0.device, dl.device, dl0.device, dx_mlp.device, dh.device,
-                      h.device, r.device, x_in.device, x0.device, l.device, l0.device, scratch, n,
-                      C, 0);
+    if (first) cpu::add_forward(d0, d, (int64_t)nC);
+    mix_norm_backward(first ? NULL : dx.device, dx0.device, dl.device, dl0.device, dx.device,
+                      dx_mlp.device, dh.device, h.device, r.device, x_in.device, x0.device,
+                      l.device, l0.device, !last, scratch, n, C, 0);
     char shape[80];
-    snprintf(shape, sizeof shape, "n %d, C %d, one buffer %d", n, C, one_buffer);
-    gpu_compare(dx, d, n, C, "%s", shape);
+    snprintf(shape, sizeof shape, "n %d, C %d, first %d, last %d", n, C, first, last);
+    if (first)
+        gpu_compare(dx, dx.host, n, C, "%s", shape);  // as it was
+    else
+        gpu_compare(dx, d, n, C, "%s", shape);
     gpu_compare(dx0, d0, n, C, "%s", shape);
     gpu_compare_sums(dl, &dlambda, &size, 1, shape);
     gpu_compare_sums(dl0, &dlambda0, &size0, 1, shape);
@@ -96,7 +106,7 @@ static void check_mix_backward(int n, int C, bool one_buffer) {
 
 static void check_mix(int n, int C) {
     for (int parts : {1, 2, 3}) check_mix_forward(n, C, parts);
-    for (bool one_buffer : {false, true}) check_mix_backward(n, C, one_buffer);
+    for (int layer = 0; layer < 4; layer++) check_mix_backward(n, C, layer);
 }
 
 static void check_residual_forward(int n, int C, int parts) {
@@ -211,8 +221,8 @@ TEST(backout_norm) { each_shape(check_backout); }
 // So many tokens that blocks take several in turn and their sums are many.
 TEST(sums_over_many_tokens) {
     if (grid_small) SKIP("GRID=small");
-    check_mix_backward(40000, 128, false);
-    check_mix_backward(5003, 1536, false);
+    check_mix_backward(40000, 128, 0);
+    check_mix_backward(5003, 1536, 0);
     check_backout_backward(40000, 128, true);
 }
 
@@ -234,9 +244,9 @@ TEST(same_bits_again) {
             d[i] = gpu_poisoned<floatX>("dx", nC), dxb[i] = gpu_poisoned<floatX>("dxb", nC);
             for (GpuArray<float> *sum : {&dl[i], &dl0[i], &dlb[i]})
                 *sum = gpu_copy<float>("dlambda", &before, 1);
-            mix_norm_backward(dx[i].device, dx0[i].device, dl[i].device, dl0[i].device, dh.device,
-                              dh.device, x.device, r.device, x.device, dh.device, l.device,
-                              l.device, scratch, n, C, 0);
+            mix_norm_backward(dx[i].device, dx0[i].device, dl[i].device, dl0[i].device,
+                              dx[i].device, dh.device, dh.device, x.device, r.device, x.device,
+                              dh.device, l.device, l.device, true, scratch, n, C, 0);
             backout_norm_backward(d[i].device, dxb[i].device, dlb[i].device, dh.device, x.device,
                                   r.device, dh.device, l.device, scratch, n, C, 0);
             CHECK(same_bits(dx[0], dx[i]) && same_bits(dx0[0], dx0[i]));
@@ -361,8 +371,8 @@ static void lines(int n, int C) {
     bench("mix_norm_forward", n, C, 7,
           [=] { mix_norm_forward(a[3], a[4], a[5], r, sum, a[6], l, l, n, C, 0); });
     bench("mix_norm_backward", n, C, 9, [=] {
-        mix_norm_backward(a[0], a[1], dl, dl + 1, a[2], a[3], a[4], r, a[5], a[6], l, l, scratch, n,
-                          C, 0);
+        mix_norm_backward(a[0], a[1], dl, dl + 1, a[0], a[2], a[3], a[4], r, a[5], a[6], l, l, true,
+                          scratch, n, C, 0);
     });
     bench("residual_norm_forward", n, C, 3,
           [=] { residual_norm_forward(a[3], r, first, n, C, 0); });
