@@ -228,15 +228,19 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, in
         layer_layout(&a->layer[i], c, n, i, level, memory, at);
     }
     PLACE(a->hf, floatX, X, n * C), PLACE(a->rf, float, 4, n);
-    PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp), PLACE(a->losses, float, 4, n);
-    PLACE(a->dfc, floatX, X, n * F);
-    PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
-    PLACE(a->dx_middle, floatX, X, n * C), PLACE(a->dh, floatX, X, n * C);
-    PLACE(a->datt_out, floatX, X, n * C), PLACE(a->dx_mlp, floatX, X, n * C);
-    PLACE(a->dqkv, floatX, X, n * 3 * C);
-    PLACE(a->delta, float, 4, n *H), PLACE(a->dz, float, 4, n *H);
+    PLACE(a->losses, float, 4, n), PLACE(a->dh, floatX, X, n * C);
     PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
-    return bytes;
+    // The head is done with the logits when backward begins, and dfc is used up when dqkv is made.
+    size_t shared = bytes, head_end;
+    PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp);
+    head_end = bytes, bytes = shared;
+    PLACE(a->dfc, floatX, X, n * F);
+    a->dqkv = a->dfc;  // 3C of its 4C
+    PLACE(a->dx, floatX, X, n * C), PLACE(a->dx0, floatX, X, n * C);
+    PLACE(a->dx_middle, floatX, X, n * C), PLACE(a->datt_out, floatX, X, n * C);
+    PLACE(a->dx_mlp, floatX, X, n * C);
+    PLACE(a->delta, float, 4, n *H), PLACE(a->dz, float, 4, n *H);
+    return largest(bytes, head_end);
 }
 #undef PLACE
 
