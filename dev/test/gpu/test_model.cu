@@ -1,6 +1,7 @@
 // test_model.cu: the whole model on the GPU: against the oracle (dev/test/oracle.h), as on the CPU,
 // and against itself: the same bits twice, in a CUDA graph and without, and no update from what is
-// not finite. All activations are NaN before each step, so that none is read before it is written.
+// not finite. All activations and gradients are NaN before each step, so that none is read before it
+// is written.
 // With arguments the program is the trainer: so it is run for its exit codes and messages.
 #define main train_gpt2cu_main
 #include "train_gpt2.cu"
@@ -17,12 +18,13 @@
 static void begin_step(Trainer *t, int64_t it) {
     Model *m = &t->model;
     Activations none;
-    size_t bytes = activations_layout(&none, &t->cfg, (int)m->max_tokens, NULL);
+    size_t bytes = activations_layout(&none, &t->cfg, (int)m->max_tokens, m->recompute, NULL);
     CUDA_CHECK(cudaMemsetAsync(m->activations, 0xff, bytes, m->stream));
     step_numbers(m->host_step, &t->plan, &t->flags, &t->cfg, it);
     CUDA_CHECK(
         cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, m->stream));
-    CUDA_CHECK(cudaMemsetAsync(m->grads, 0, m->table.numel * sizeof(float), m->stream));
+    CUDA_CHECK(cudaMemsetAsync(m->grads, 0xff, m->table.numel * sizeof(float), m->stream));
+    gradients_clear(m);
 }
 
 static StepResult end_step(Trainer *t) {
@@ -116,6 +118,25 @@ TEST(steps_of_a_graph) {
     }
     CHECK(!plain.model.graph);
     model_free(&plain.model), model_free(&graphed.model);
+}
+
+// Whatever --recompute lets backward make again.
+TEST(recomputed_layers_have_the_same_bits) {
+    for (int level = 1; level <= 2; level++) {
+        static Trainer kept, again;
+        char flags[512];
+        snprintf(flags, sizeof flags, "%s 4", SMALL);
+        trainer_init(&kept, flags);
+        snprintf(flags, sizeof flags, "%s 4 --recompute %d", SMALL, level);
+        trainer_init(&again, flags);
+        for (int it = 0; it < 3; it++) {
+            int rows[SMALL_TOKENS];
+            small_rows(rows, it);
+            StepResult expected = trainer_step(&kept, rows, it, NULL);
+            check_same(&kept, &again, expected, trainer_step(&again, rows, it, NULL), it);
+        }
+        model_free(&kept.model), model_free(&again.model);
+    }
 }
 
 // A shard of random tokens of SMALL's vocabulary, in a folder of its own.
@@ -230,7 +251,7 @@ TEST(not_finite_no_update) {
     snprintf(flags, sizeof flags, "%s 2", SMALL);
     trainer_init(&t, flags);
     size_t C = (size_t)t.cfg.C, bytes = t.model.table.numel * sizeof(float);
-    CUDA_CHECK(cudaMemset(t.model.w.wte + 77 * C, 0xff, C * sizeof(floatX)));
+    CUDA_CHECK(cudaMemset(t.model.w.embed.wte + 77 * C, 0xff, C * sizeof(floatX)));
     small_rows(rows, 0);
     rows[5 * (SMALL_TOKENS / SMALL_ROWS) + 20] = 77;
     float *before = trainer_params(&t);
@@ -281,6 +302,7 @@ int main(int argc, char **argv) {
         run_fixtures("dev/test/fixtures/oracle_*_d128*", test_oracle);
     }
     RUN(steps_of_a_graph);
+    RUN(recomputed_layers_have_the_same_bits);
     if (grid_small) return test_end();  // under the sanitizers one model is slow enough
     if (sizeof(floatX) == 4) {
         run_fixtures("dev/test/fixtures/optim_*", test_optimizer);
