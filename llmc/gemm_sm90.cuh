@@ -31,8 +31,10 @@
 //     group 0   multiply  | out | multiply        | out |
 //     group 1     multiply      | out | multiply        | out |         as far as the ring reaches
 //
-// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. What the product
-// is combined with (y, c) comes as two more steps of the ring, (128, 128) each.
+// What the product is combined with (y, c) comes as two more steps of the ring, (128, 128) each. A
+// group reads them, and rounds, before its turn: stages are not held while it waits for that.
+//
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
 // One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; the right one of
@@ -212,69 +214,81 @@ __device__ __forceinline__ unsigned gemm_finish(const GemmCall &call, float low,
     return reinterpret_cast<unsigned &>(x);
 }
 
-// 16 rows of the tile, this warp's, on the way out. Lane l gives ldmatrix and stmatrix the address
-// of row l % 16, chunk l / 16 of 16 columns, where ptx.cuh's D of two times 8 columns lies:
+// Lane l gives ldmatrix and stmatrix the address of row l % 16, chunk l / 16 of 16 columns, where
+// ptx.cuh's D of two times 8 columns lies:
 //
 //     columns      0 .. 7              8 .. 15             of 64 columns, that is chunk
 //     row 0 .. 7   lanes 0 .. 7        lanes 16 .. 23      2 c + l / 16 of row l % 16, for
 //     row 8 .. 15  lanes 8 .. 15       lanes 24 .. 31      c = 0 .. 3, at place chunk ^ (l % 8)
 //
-// so that going on to the next c is an exclusive or of the address with 32 c. Mirrored, these 16
-// rows are columns 16 warp .. of a box of (64, 64), and a group's four warps fill it together:
+// so that going on to the next c is an exclusive or of the address with 32 c.
+__device__ __forceinline__ unsigned gemm_place(void) {
+    int lane = threadIdx.x % WARP;
+    return lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+}
+
+// The product d of this warp's 16 rows, from row `row` of the tile on, finished and rounded.
+template <GemmKind E>
+__device__ __forceinline__ void gemm_round(unsigned (&out)[16][4], const float (&d)[128],
+                                           GemmShared *s, const GemmCall &call, GemmPlace *at,
+                                           int row) {
+    unsigned in = 0;
+#pragma unroll
+    for (int c = 0; c < 16; c++) {
+        if (gemm_reads<E> && c % 8 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
+        if (gemm_reads<E> && c % 4 == 0)
+            in = gemm_place() +
+                 shared_address(&s->b[at->stage][c / 4 % 2 * GEMM_INPUT + row * GEMM_STEP]);
+        unsigned x[4] = {};
+        if (gemm_reads<E>) ldmatrix(x, in ^ c % 4 * 32);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            out[c][i] = gemm_finish<E>(call, d[8 * c + 2 * i], d[8 * c + 2 * i + 1], x[i]);
+        if (gemm_reads<E> && c % 8 == 7) gemm_release(s, at->stage), gemm_next(at);
+    }
+}
+
+// The way out of 16 rows. Mirrored, they are columns 16 warp .. of a box of (64, 64), which a
+// group's four warps fill together:
 //
 //     columns      0 .. 7              8 .. 15             of the 16, that is chunk 2 warp + l / 8
 //     row 0 .. 7   lanes 0 .. 7        lanes 8 .. 15       % 2 of row 16 c + l / 16 * 8 + l % 8
 //     row 8 .. 15  lanes 16 .. 23      lanes 24 .. 31
 template <GemmKind E>
-__device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call, float (&d)[128],
-                                           GemmPlace *at, GemmTile tile, int group) {
+__device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
+                                           const unsigned (&x)[16][4], GemmTile tile, int group,
+                                           int row) {
     int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP, lane = threadIdx.x % WARP;
-    int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile
     int top = tile.matrix * call.side;
-    unsigned mine = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    unsigned mine = gemm_place();
     unsigned turned =
         (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-    unsigned in = 0;
 #pragma unroll
     for (int j = 0; j < GEMM_COLUMNS / GEMM_STEP; j++) {
         int column = tile.column + j * GEMM_STEP;
         bool above = gemm_symmetric<E> && column >= tile.row + GEMM_ROWS;
         bool below = gemm_symmetric<E> && column < tile.row;
         bf16 *out = s->out[gemm_symmetric<E> ? j % 2 : j][warp], *mirror = s->out[2 + j % 2][0];
-        if (gemm_reads<E>) {
-            if (j % 2 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
-            in = shared_address(&s->b[at->stage][j % 2 * GEMM_INPUT + row * GEMM_STEP]);
+        if (above) break;
+        if (gemm_symmetric<E> && j >= 2) {
+            if (lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
+            barrier_sync(1 + group, GEMM_GROUP_THREADS);
         }
-        if (!above) {
-            if (gemm_symmetric<E> && j >= 2) {
-                if (lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
-                barrier_sync(1 + group, GEMM_GROUP_THREADS);
-            }
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                unsigned x[4] = {}, y[4];
-                if (gemm_reads<E>) ldmatrix(x, in + (mine ^ c * 32));
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int k = 32 * j + 8 * c + 2 * i;
-                    y[i] = gemm_finish<E>(call, d[k], d[k + 1], x[i]);
-                }
-                stmatrix(shared_address(out) + (mine ^ c * 32), y);
-                if (below) stmatrix_trans(shared_address(mirror) + turned + c * 16 * 128, y);
-            }
-            fence_async();
-            if (gemm_symmetric<E>)
-                barrier_sync(1 + group, GEMM_GROUP_THREADS);
-            else
-                __syncwarp();
-            if (lane == 0) {
-                tma_store(&call.out, top + tile.row + row, column, out);
-                if (below && warp == 0)
-                    tma_store(&call.mirror, top + column, tile.row + row, mirror);
-                tma_store_commit();
-            }
+        for (int c = 0; c < 4; c++) {
+            stmatrix(shared_address(out) + (mine ^ c * 32), x[4 * j + c]);
+            if (below) stmatrix_trans(shared_address(mirror) + turned + c * 16 * 128, x[4 * j + c]);
         }
-        if (gemm_reads<E> && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
+        fence_async();
+        if (gemm_symmetric<E>)
+            barrier_sync(1 + group, GEMM_GROUP_THREADS);
+        else
+            __syncwarp();
+        if (lane == 0) {
+            tma_store(&call.out, top + tile.row + row, column, out);
+            if (below && warp == 0) tma_store(&call.mirror, top + column, tile.row + row, mirror);
+            tma_store_commit();
+        }
     }
 }
 
@@ -284,6 +298,8 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
     constexpr int A_STEP = A_ACROSS ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
     constexpr int B_STEP = B_ACROSS ? 16 * 8 : 2;
     int turn = group ^ 1;  // parity: the first turn is group 0's
+    int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP;
+    int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile, this warp's first
     GemmPlace at = {0, 0};
     float d[128];
     for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
@@ -309,8 +325,11 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
         wgmma_wait<0>();
         pin(d);
         gemm_release(s, before);
+        unsigned out[16][4];
+        gemm_round<E>(out, d, s, call, &at, row);
+        pin(out);  // all but stores is done by when the turn comes
         mbarrier_wait(&s->turn[group], turn);
-        gemm_leave<E>(s, call, d, &at, tile, group);
+        gemm_leave<E>(s, call, out, tile, group, row);
         if (threadIdx.x % WARP == 0) {
             tma_store_wait_read<0>();  // this warp's boxes may be written again
             mbarrier_arrive(&s->turn[group ^ 1]);
