@@ -34,7 +34,8 @@
 // What the product is combined with (y, c) comes as two more steps of the ring, (128, 128) each. A
 // group reads them, and rounds, before its turn: stages are not held while it waits for that.
 //
-// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA.
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. A warp has two: it
+// fills one while the TMA still reads the other, and has handed the turn on by then.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
 // One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; the right one of
@@ -64,7 +65,6 @@ constexpr int GEMM_GROUP_THREADS = 128, GEMM_WARPS = 4;
 constexpr int GEMM_GROUPS = 2;  // that multiply; one more copies
 constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * GEMM_GROUP_THREADS;
 constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
-constexpr int GEMM_BOXES = 4;  // of (16, 64), for a warp's results on their way out
 
 constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;  // numbers of a box of y or c
 constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of what is across
@@ -93,7 +93,7 @@ constexpr bool gemm_b_across = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ACRO
 typedef struct {
     bf16 a[GEMM_STAGES][GEMM_ROWS * GEMM_STEP];
     bf16 b[GEMM_STAGES][GEMM_COLUMNS * GEMM_STEP];
-    bf16 out[GEMM_BOXES][GEMM_WARPS][GEMM_WARP_ROWS * GEMM_STEP];  // of the group whose turn it is
+    bf16 out[GEMM_GROUPS][2][GEMM_WARPS][GEMM_WARP_ROWS * GEMM_STEP];  // results on their way
     uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
     uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
     uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
@@ -248,6 +248,14 @@ __device__ __forceinline__ void gemm_round(unsigned (&out)[16][4], const float (
     }
 }
 
+// Those who fill a box together: a warp; a group where results are stored mirrored, too.
+template <GemmKind E> __device__ __forceinline__ void gemm_meet(int group) {
+    if (gemm_symmetric<E>)
+        barrier_sync(1 + group, GEMM_GROUP_THREADS);
+    else
+        __syncwarp();
+}
+
 // The way out of 16 rows. Mirrored, they are columns 16 warp .. of a box of (64, 64), which a
 // group's four warps fill together:
 //
@@ -268,26 +276,27 @@ __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
         int column = tile.column + j * GEMM_STEP;
         bool above = gemm_symmetric<E> && column >= tile.row + GEMM_ROWS;
         bool below = gemm_symmetric<E> && column < tile.row;
-        bf16 *out = s->out[gemm_symmetric<E> ? j % 2 : j][warp], *mirror = s->out[2 + j % 2][0];
         if (above) break;
-        if (gemm_symmetric<E> && j >= 2) {
-            if (lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
-            barrier_sync(1 + group, GEMM_GROUP_THREADS);
-        }
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-            stmatrix(shared_address(out) + (mine ^ c * 32), x[4 * j + c]);
-            if (below) stmatrix_trans(shared_address(mirror) + turned + c * 16 * 128, x[4 * j + c]);
-        }
-        fence_async();
-        if (gemm_symmetric<E>)
-            barrier_sync(1 + group, GEMM_GROUP_THREADS);
-        else
-            __syncwarp();
-        if (lane == 0) {
-            tma_store(&call.out, top + tile.row + row, column, out);
-            if (below && warp == 0) tma_store(&call.mirror, top + column, tile.row + row, mirror);
-            tma_store_commit();
+        for (int mirrored = 0; mirrored < 2; mirrored++) {
+            if (mirrored && !below) break;
+            auto *box = s->out[group][below ? mirrored : j % 2];
+            if (lane == 0) tma_store_wait_read<1>();  // this box has been read, if not the other
+            gemm_meet<E>(group);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                if (!mirrored) stmatrix(shared_address(box[warp]) + (mine ^ c * 32), x[4 * j + c]);
+                if (mirrored)
+                    stmatrix_trans(shared_address(box) + turned + c * 16 * 128, x[4 * j + c]);
+            }
+            fence_async();
+            gemm_meet<E>(group);
+            if (lane == 0) {
+                if (!mirrored) tma_store(&call.out, top + tile.row + row, column, box[warp]);
+                if (mirrored && warp == 0)
+                    tma_store(&call.mirror, top + column, tile.row + row, box);
+                tma_store_commit();
+            }
         }
     }
 }
@@ -330,12 +339,10 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
         pin(out);  // all but stores is done by when the turn comes
         mbarrier_wait(&s->turn[group], turn);
         gemm_leave<E>(s, call, out, tile, group, row);
-        if (threadIdx.x % WARP == 0) {
-            tma_store_wait_read<0>();  // this warp's boxes may be written again
-            mbarrier_arrive(&s->turn[group ^ 1]);
-        }
         __syncwarp();
+        if (threadIdx.x % WARP == 0) mbarrier_arrive(&s->turn[group ^ 1]);
     }
+    if (threadIdx.x % WARP == 0) tma_store_wait_read<0>();  // shared memory lasts until then
 }
 
 // ---------------------------------------------------------------------------------------------
