@@ -38,10 +38,10 @@
 // fills one while the TMA still reads the other, and has handed the turn on by then.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
-// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; the right one of
-// every other tile on the diagonal (-) is computed and dropped.
+// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other one
+// on the diagonal the right block (-) is left out, and A serves as B.
 //
-//     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18
+//     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18, three of them halves
 //     x D | m m | m m
 //     x x | D - | m m
 //     x x | x D | m m
@@ -68,6 +68,7 @@ constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
 
 constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;  // numbers of a box of y or c
 constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of what is across
+constexpr int GEMM_A_BYTES = GEMM_ROWS * GEMM_STEP * (int)sizeof(bf16);
 constexpr int GEMM_STAGE_BYTES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_STEP * (int)sizeof(bf16);
 
 static_assert(GEMM_STEP * sizeof(bf16) == 128, "a box's rows are those that are swizzled");
@@ -139,6 +140,11 @@ template <GemmKind E> __device__ __forceinline__ GemmTile gemm_tile(const GemmCa
     return {m * GEMM_ROWS, n * GEMM_COLUMNS, 0};
 }
 
+// Whether of this tile only the left half is needed: it, A times its own transpose.
+template <GemmKind E> __device__ __forceinline__ bool gemm_on_diagonal(GemmTile tile) {
+    return gemm_symmetric<E> && tile.row == tile.column;
+}
+
 // A stage, and the parity of the phase in which it is filled.
 typedef struct {
     int stage, parity;
@@ -177,11 +183,13 @@ __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call
         for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
             uint64_t *full = &s->full[at.stage];
             mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(full, GEMM_STAGE_BYTES);
+            mbarrier_expect(full, gemm_on_diagonal<E>(tile) ? GEMM_A_BYTES : GEMM_STAGE_BYTES);
             gemm_load<A_ACROSS>(s->a[at.stage], &call.a, A_ACROSS ? tile.row : top + tile.row,
                                 GEMM_ROWS, A_ACROSS ? top_across + k : k, full);
-            gemm_load<B_ACROSS>(s->b[at.stage], &call.b, B_ACROSS ? tile.column : top + tile.column,
-                                GEMM_COLUMNS, B_ACROSS ? top_across + k : k, full);
+            if (!gemm_on_diagonal<E>(tile))
+                gemm_load<B_ACROSS>(s->b[at.stage], &call.b,
+                                    B_ACROSS ? tile.column : top + tile.column, GEMM_COLUMNS,
+                                    B_ACROSS ? top_across + k : k, full);
         }
         for (int c = 0; gemm_reads<E> && c < GEMM_COLUMNS; c += 2 * GEMM_STEP, gemm_next(&at)) {
             uint64_t *full = &s->full[at.stage];
@@ -301,39 +309,50 @@ __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
     }
 }
 
-template <GemmKind E>
-__device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
+// d = the product of this group's 64 rows and COLUMNS columns of the tile. On the diagonal that is
+// half a tile, and its columns of B are A.
+template <GemmKind E, int COLUMNS>
+__device__ __forceinline__ void gemm_multiply(float (&d)[COLUMNS / 2], GemmShared *s, int sum,
+                                              GemmPlace *at, int group) {
     constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
     constexpr int A_STEP = A_ACROSS ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
     constexpr int B_STEP = B_ACROSS ? 16 * 8 : 2;
+    int before = 0;  // the stage of the step before
+    for (int k = 0; k < sum; k += GEMM_STEP, gemm_next(at)) {
+        const bf16 *a_tile = &s->a[at->stage][group * GEMM_GROUP_ROWS * GEMM_STEP];
+        const bf16 *b_tile = COLUMNS < GEMM_COLUMNS ? s->a[at->stage] : s->b[at->stage];
+        uint64_t a = A_ACROSS ? wgmma_columns(a_tile, GEMM_BOX_BYTES) : wgmma_rows(a_tile);
+        uint64_t b = B_ACROSS ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
+        mbarrier_wait(&s->full[at->stage], at->parity);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < GEMM_STEP / 16; i++)
+            wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before has been read; this one goes on
+        if (k > 0) gemm_release(s, before);
+        before = at->stage;
+    }
+    wgmma_wait<0>();
+    pin(d);
+    gemm_release(s, before);
+}
+
+template <GemmKind E>
+__device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
     int turn = group ^ 1;  // parity: the first turn is group 0's
     int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP;
     int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile, this warp's first
     GemmPlace at = {0, 0};
-    float d[128];
     for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
         GemmTile tile = gemm_tile<E>(call, t);
-        int before = 0;  // the stage of the step before
         // divided for here, not when it is this group's turn
         pin(tile.row), pin(tile.column), pin(tile.matrix);
-        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
-            const bf16 *a_tile = &s->a[at.stage][group * GEMM_GROUP_ROWS * GEMM_STEP];
-            const bf16 *b_tile = s->b[at.stage];
-            uint64_t a = A_ACROSS ? wgmma_columns(a_tile, GEMM_BOX_BYTES) : wgmma_rows(a_tile);
-            uint64_t b = B_ACROSS ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
-            mbarrier_wait(&s->full[at.stage], at.parity);
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < GEMM_STEP / 16; i++)
-                wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
-            wgmma_commit();
-            wgmma_wait<1>();  // the step before has been read; this one goes on
-            if (k > 0) gemm_release(s, before);
-            before = at.stage;
-        }
-        wgmma_wait<0>();
-        pin(d);
-        gemm_release(s, before);
+        float d[128];
+        if (gemm_on_diagonal<E>(tile))
+            gemm_multiply<E, GEMM_ROWS>(reinterpret_cast<float(&)[64]>(d), s, call.sum, &at, group);
+        else
+            gemm_multiply<E, GEMM_COLUMNS>(d, s, call.sum, &at, group);
         unsigned out[16][4];
         gemm_round<E>(out, d, s, call, &at, row);
         pin(out);  // all but stores is done by when the turn comes
