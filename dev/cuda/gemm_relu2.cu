@@ -49,8 +49,8 @@
 #include "llmc/ptx.cuh"         // ldmatrix, mma, cp_async_16
 #include "llmc/relu2.cuh"       // relu2_forward, for lt
 #ifdef HOPPER
-#include "llmc/gemm_sm90.cuh"  // gemm_encode
 #include "llmc/ptx_sm90.cuh"   // wgmma, tma_load, mbarrier_*
+#include "llmc/tile_sm90.cuh"  // tile_map
 #endif
 
 static Matmul matmul_context;
@@ -497,8 +497,8 @@ static __global__ void __launch_bounds__(V7_THREADS, 2)
 static void gemm_relu2_v7(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, int N,
                           cudaStream_t stream) {
     // What the TMA is told of a matrix: address, sizes, box, swizzle.
-    CUtensorMap x_map = gemm_encode(&matmul_context.fused, x, n, K, TILE);
-    CUtensorMap w_map = gemm_encode(&matmul_context.fused, w, N, K, TILE);
+    CUtensorMap x_map = tile_map(x, n, K, K, TILE);
+    CUtensorMap w_map = tile_map(w, N, K, K, TILE);
     launch_tiles(v7_kernel, V7_THREADS, V7_SHARED, stream, {y, n, N}, x_map, w_map, K);
 }
 
