@@ -1,8 +1,8 @@
-// gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not: it knows neither ReLU^2,
-// for which a kernel of its own reads and writes (n, 4C) numbers once more, nor that a matrix times
-// its transpose is symmetric. Such a pass, or half of such a product, is more than what these lose by
-// multiplying slower: on an H200 cuBLASLt makes 685 to 704 TFLOP/s of the MLP's products, these made
-// 584 forward and 482 backward (docs/measurements.md).
+// gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It knows neither
+// ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once more, nor that a
+// matrix times its transpose is symmetric. These here save that pass, or half of that product: more
+// than they lose by multiplying slower. On an H200, depth 12, cuBLASLt's products of the MLP are
+// made at 685 to 704 TFLOP/s, these were at 584 forward, 482 backward (docs/measurements.md).
 //
 //     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
 //     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
@@ -28,25 +28,25 @@
 //
 // A tile's way to memory takes as long as a few steps of the sum, in which its group multiplies
 // nothing. So the groups take turns: group 1 begins its way out when group 0 has started the last
-// copy of its own, and follows group 0 by that much. One multiplies while the other is on its way:
+// copy of its own, and follows it by that much. One multiplies while the other is on its way:
 //
 //     group 0   multiply  | out | multiply        | out |
 //     group 1     multiply      | out | multiply        | out |
 //
 // but only as far as the ring reaches, for a stage is filled again when both have read it. What a
-// way out takes beyond the 4 steps that one group is ahead of the other, the tensor cores wait:
-// twice a tile, which sums of 768, 12 steps, feel more than sums of 3072.
+// way out takes beyond the 4 steps that one group can be ahead, the tensor cores wait: twice a
+// tile, which sums of 768, 12 steps, feel more than sums of 3072.
 //
 // What the product is combined with (y, c) comes as two more steps of the ring, (128, 128) each. A
 // group reads them, and rounds, before its turn: stages are not held while it waits for that. But
-// two of the four steps that one may be ahead are these then: backward waits more than forward.
+// two of the 4 steps that it can be ahead are these, then: backward waits more than forward.
 //
-// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. A warp has two: it
-// fills one while the TMA still reads the other, and has handed the turn on by then.
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. A warp has two
+// and fills one while the TMA reads the other; it hands the turn on before those have been read.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
-// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other one
-// on the diagonal the right block (-) is left out, and A serves as B.
+// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other
+// one on the diagonal the right block (-) is left out, and A serves as B.
 //
 //     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18, three of them halves
 //     x D | m m | m m
@@ -64,10 +64,9 @@
 #include "llmc/tile_sm90.cuh"  // Ring, ring_*, release, tile_map, BOX, GROUP_ROWS, WARPGROUP
 
 constexpr int GEMM_ROWS = 128, GEMM_COLUMNS = 256;  // of a tile
-constexpr int GEMM_STAGES =
-    4;  // of the ring; a step of the sum is a box wide: 64 numbers, 128 bytes
 constexpr int GEMM_BAND = 16;  // tiles one above the other that are made together
 
+constexpr int GEMM_STAGES = 4;  // of the ring; a step is BOX terms of the sum
 constexpr int GEMM_GROUPS = 2;  // that multiply; one more copies
 constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * WARPGROUP;
 constexpr int GEMM_WARPS = 4, GEMM_WARP_ROWS = 16;  // of a group; of a warp

@@ -152,8 +152,9 @@ static inline CUtensorMap tile_map(const bf16 *x, int n, int columns, int ld, in
                         step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (e != CUDA_SUCCESS)
-        die(EXIT_INTERNAL, "cuTensorMapEncodeTiled: error %d (%d rows of %d, %d apart, boxes of %d rows)",
-            (int)e, n, columns, ld, box_rows);
+        die(EXIT_INTERNAL,
+            "cuTensorMapEncodeTiled: error %d (%d rows of %d, %d apart; boxes of %d rows)", (int)e,
+            n, columns, ld, box_rows);
     return map;
 }
 

@@ -265,8 +265,8 @@ static void check_relu2_backward(int n, int columns, int sum) {
     gpu_end_case();
 }
 
-// Sizes that a kernel of Hopper's takes and sizes that it does not; at the end several tiles a block,
-// in bands, of fewer and of more steps than its ring has stages (emulated, a GPU has two blocks).
+// Sizes that a kernel of Hopper's takes and sizes that it does not; at the end several tiles a
+// block, in bands, of fewer and of more steps than its ring has stages (an emulated GPU runs two).
 static void each_relu2(void (*check)(int n, int columns, int sum)) {
     static const int shape[][2] = {{256, 64}, {256, 128}, {8, 48},     {384, 128},
                                    {256, 72}, {768, 320}, {3072, 768}, {768, 3072}};
