@@ -285,7 +285,7 @@ __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
                 if (!mirrored) tma_store(&call.out, top + tile.row + row, column, box[warp]);
                 if (mirrored && warp == 0)
                     tma_store(&call.mirror, top + column, tile.row + row, box);
-                tma_store_commit();
+                tma_store_commit();  // of no store, too: a group for each box, and boxes alternate
             }
         }
     }
