@@ -1,6 +1,8 @@
-// gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It multiplies as fast;
-// but it knows neither ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once
-// more, nor that a matrix times its transpose is symmetric.
+// gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It knows neither
+// ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once more, nor that a
+// matrix times its transpose is symmetric. These here save that pass, or half of that product: more
+// than they lose by multiplying slower. On an H200, depth 12, cuBLASLt's products of the MLP are
+// made at 685 to 704 TFLOP/s, these were at 584 forward, 482 backward (docs/measurements.md).
 //
 //     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
 //     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
@@ -25,20 +27,28 @@
 //               +---------------------+
 //
 // A tile's way to memory takes as long as a few steps of the sum, in which its group multiplies
-// nothing. So the groups take turns: group 1 begins its way out when group 0 has ended its own. It
-// follows group 0 by that much, and the tensor cores always have one group to work for:
+// nothing. So the groups take turns: group 1 begins its way out when group 0 has started the last
+// copy of its own, and follows it by that much. One multiplies while the other is on its way:
 //
 //     group 0   multiply  | out | multiply        | out |
-//     group 1     multiply      | out | multiply        | out |         as far as the ring reaches
+//     group 1     multiply      | out | multiply        | out |
 //
-// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. What the product
-// is combined with (y, c) comes as two more steps of the ring, (128, 128) each.
+// but only as far as the ring reaches, for a stage is filled again when both have read it. What a
+// way out takes beyond the 4 steps that one group can be ahead, the tensor cores wait: twice a
+// tile, which sums of 768, 12 steps, feel more than sums of 3072.
+//
+// What the product is combined with (y, c) comes as two more steps of the ring, (128, 128) each. A
+// group reads them, and rounds, before its turn: stages are not held while it waits for that. But
+// two of the 4 steps that it can be ahead are these, then: backward waits more than forward.
+//
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. A warp has two
+// and fills one while the TMA reads the other; it hands the turn on before those have been read.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
-// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; the right one of
-// every other tile on the diagonal (-) is computed and dropped.
+// One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other
+// one on the diagonal the right block (-) is left out, and A serves as B.
 //
-//     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18
+//     D - | m m | m m         tiles of 6 x 6 blocks: 12 of 18, three of them halves
 //     x D | m m | m m
 //     x x | D - | m m
 //     x x | x D | m m
@@ -48,29 +58,20 @@
 #define LLMC_GEMM_SM90_CUH
 
 #include <assert.h>
-#include <cudaTypedefs.h>  // PFN_cuTensorMapEncodeTiled_v12000
 #include <string.h>
 
-#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_*, wgmma_*, stmatrix
+#include "llmc/ptx_sm90.cuh"   // mbarrier_*, tma_*, wgmma_*, stmatrix
+#include "llmc/tile_sm90.cuh"  // Ring, ring_*, release, tile_map, BOX, GROUP_ROWS, WARPGROUP
 
 constexpr int GEMM_ROWS = 128, GEMM_COLUMNS = 256;  // of a tile
-constexpr int GEMM_STEP = 64;                       // of the sum: 128 bytes, a box's width
-constexpr int GEMM_STAGES = 4;
 constexpr int GEMM_BAND = 16;  // tiles one above the other that are made together
 
-constexpr int GEMM_GROUP_THREADS = 128, GEMM_WARPS = 4;
+constexpr int GEMM_STAGES = 4;  // of the ring; a step is BOX terms of the sum
 constexpr int GEMM_GROUPS = 2;  // that multiply; one more copies
-constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * GEMM_GROUP_THREADS;
-constexpr int GEMM_GROUP_ROWS = 64, GEMM_WARP_ROWS = 16;
-constexpr int GEMM_BOXES = 4;  // of (16, 64), for a warp's results on their way out
+constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * WARPGROUP;
+constexpr int GEMM_WARPS = 4, GEMM_WARP_ROWS = 16;  // of a group; of a warp
 
-constexpr int GEMM_INPUT = GEMM_ROWS * GEMM_STEP;  // numbers of a box of y or c
-constexpr int GEMM_BOX_BYTES = GEMM_STEP * GEMM_STEP * (int)sizeof(bf16);  // of what is across
-constexpr int GEMM_STAGE_BYTES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_STEP * (int)sizeof(bf16);
-
-static_assert(GEMM_STEP * sizeof(bf16) == 128, "a box's rows are those that are swizzled");
-static_assert(GEMM_ROWS == GEMM_GROUPS * GEMM_GROUP_ROWS && GEMM_COLUMNS == 256,
-              "wgmma of 64 by 256");
+static_assert(GEMM_ROWS == GEMM_GROUPS * GROUP_ROWS && GEMM_COLUMNS == 256, "wgmma of 64 by 256");
 static_assert(GEMM_GROUPS == 2, "turns are passed to and fro");
 
 // What becomes of a product.
@@ -88,17 +89,20 @@ template <GemmKind E> constexpr bool gemm_a_across = E == GEMM_SQUARE_ACROSS;
 template <GemmKind E>
 constexpr bool gemm_b_across = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ACROSS;
 
+// Boxes begin at multiples of 1024 bytes, as shared memory itself does.
 typedef struct {
-    bf16 a[GEMM_STAGES][GEMM_ROWS * GEMM_STEP];
-    bf16 b[GEMM_STAGES][GEMM_COLUMNS * GEMM_STEP];
-    bf16 out[GEMM_BOXES][GEMM_WARPS][GEMM_WARP_ROWS * GEMM_STEP];  // of the group whose turn it is
+    bf16 a[GEMM_STAGES][GEMM_ROWS][BOX];  // across: boxes (64, 64), one of 64 columns after another
+    bf16 b[GEMM_STAGES][GEMM_COLUMNS][BOX];
+    bf16 out[GEMM_GROUPS][2][GEMM_WARPS][GEMM_WARP_ROWS][BOX];  // results on their way
     uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
     uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
     uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
 } GemmShared;
 
-constexpr int GEMM_SHARED_BYTES = (int)sizeof(GemmShared) + 1024;  // boxes begin at multiples of it
-static_assert(GEMM_SHARED_BYTES <= 227 << 10, "what an SM of sm_90 has for a block");
+constexpr unsigned GEMM_A_BYTES = GEMM_ROWS * BOX * sizeof(bf16);
+constexpr unsigned GEMM_B_BYTES = GEMM_COLUMNS * BOX * sizeof(bf16);
+constexpr unsigned GEMM_BOX_BYTES = BOX * BOX * sizeof(bf16);  // of what is across
+static_assert(sizeof(GemmShared) <= 227 << 10, "what an SM of sm_90 has for a block");
 
 // A call, as the kernel gets it. The matrices of a batch lie one below the other.
 typedef struct {
@@ -115,7 +119,7 @@ typedef struct {
 } GemmCall;
 
 // ---------------------------------------------------------------------------------------------
-// Walking over tiles and stages.
+// Walking over tiles.
 
 typedef struct {
     int row, column;
@@ -137,19 +141,9 @@ template <GemmKind E> __device__ __forceinline__ GemmTile gemm_tile(const GemmCa
     return {m * GEMM_ROWS, n * GEMM_COLUMNS, 0};
 }
 
-// A stage, and the parity of the phase in which it is filled.
-typedef struct {
-    int stage, parity;
-} GemmPlace;
-
-__device__ __forceinline__ void gemm_next(GemmPlace *p) {
-    if (++p->stage == GEMM_STAGES) p->stage = 0, p->parity ^= 1;
-}
-
-// This warp has read the stage.
-__device__ __forceinline__ void gemm_release(GemmShared *s, int stage) {
-    __syncwarp();
-    if (threadIdx.x % WARP == 0) mbarrier_arrive(&s->empty[stage]);
+// Whether of this tile only the left half is needed: it, A times its own transpose.
+template <GemmKind E> __device__ __forceinline__ bool gemm_on_diagonal(GemmTile tile) {
+    return gemm_symmetric<E> && tile.row == tile.column;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -157,38 +151,39 @@ __device__ __forceinline__ void gemm_release(GemmShared *s, int stage) {
 
 // Numbers k .. of the sum of `rows` rows of a factor, from `first` on; across: they are columns.
 template <bool ACROSS>
-__device__ __forceinline__ void gemm_load(bf16 *to, const CUtensorMap *map, int first, int rows,
-                                          int k, uint64_t *full) {
+__device__ __forceinline__ void gemm_load(bf16 (*to)[BOX], const CUtensorMap *map, int first,
+                                          int rows, int k, uint64_t *full) {
     if (!ACROSS) tma_load(to, map, first, k, full);
-    for (int i = 0; ACROSS && i < rows; i += GEMM_STEP)
-        tma_load(to + i * GEMM_STEP, map, k, first + i, full);
+    for (int i = 0; ACROSS && i < rows; i += BOX) tma_load(to + i, map, k, first + i, full);
 }
 
 template <GemmKind E>
 __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call) {
     constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
-    GemmPlace at = {0, 0};
+    Ring at = {0, 0};
     for (int t = blockIdx.x; t < call.tiles; t += gridDim.x) {
         GemmTile tile = gemm_tile<E>(call, t);
+        bool diagonal = gemm_on_diagonal<E>(tile);
         int top = tile.matrix * call.side;        // of this matrix in what lies below one another
         int top_across = tile.matrix * call.sum;  // and where rows run across the sum
-        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
+        for (int k = 0; k < call.sum; k += BOX, ring_next<GEMM_STAGES>(at)) {
             uint64_t *full = &s->full[at.stage];
             mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(full, GEMM_STAGE_BYTES);
+            mbarrier_expect(full, GEMM_A_BYTES + (diagonal ? 0 : GEMM_B_BYTES));
             gemm_load<A_ACROSS>(s->a[at.stage], &call.a, A_ACROSS ? tile.row : top + tile.row,
                                 GEMM_ROWS, A_ACROSS ? top_across + k : k, full);
-            gemm_load<B_ACROSS>(s->b[at.stage], &call.b, B_ACROSS ? tile.column : top + tile.column,
-                                GEMM_COLUMNS, B_ACROSS ? top_across + k : k, full);
+            if (!diagonal)
+                gemm_load<B_ACROSS>(s->b[at.stage], &call.b,
+                                    B_ACROSS ? tile.column : top + tile.column, GEMM_COLUMNS,
+                                    B_ACROSS ? top_across + k : k, full);
         }
-        for (int c = 0; gemm_reads<E> && c < GEMM_COLUMNS; c += 2 * GEMM_STEP, gemm_next(&at)) {
+        for (int c = 0; gemm_reads<E> && c < 4; c += 2, ring_next<GEMM_STAGES>(at)) {
             uint64_t *full = &s->full[at.stage];
-            bf16 *to = s->b[at.stage];
             mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
-            mbarrier_expect(full, 2 * GEMM_INPUT * sizeof(bf16));
+            mbarrier_expect(full, 2 * GEMM_A_BYTES);
             for (int i = 0; i < 2; i++)
-                tma_load(to + i * GEMM_INPUT, &call.in, top + tile.row,
-                         tile.column + c + i * GEMM_STEP, full);
+                tma_load(s->b[at.stage][i * GEMM_ROWS], &call.in, top + tile.row,
+                         tile.column + (c + i) * BOX, full);
         }
     }
 }
@@ -208,115 +203,146 @@ __device__ __forceinline__ unsigned gemm_finish(const GemmCall &call, float low,
         low = call.alpha * low + call.beta * __low2float(x);
         high = call.alpha * high + call.beta * __high2float(x);
     }
-    x = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<unsigned &>(x);
+    return pack(low, high);
 }
 
-// 16 rows of the tile, this warp's, on the way out. Lane l gives ldmatrix and stmatrix the address
-// of row l % 16, chunk l / 16 of 16 columns, where ptx.cuh's D of two times 8 columns lies:
+// Lane l gives ldmatrix and stmatrix the address of row l % 16, chunk l / 16 of 16 columns, where
+// ptx.cuh's D of two times 8 columns lies:
 //
 //     columns      0 .. 7              8 .. 15             of 64 columns, that is chunk
 //     row 0 .. 7   lanes 0 .. 7        lanes 16 .. 23      2 c + l / 16 of row l % 16, for
 //     row 8 .. 15  lanes 8 .. 15       lanes 24 .. 31      c = 0 .. 3, at place chunk ^ (l % 8)
 //
-// so that going on to the next c is an exclusive or of the address with 32 c. Mirrored, these 16
-// rows are columns 16 warp .. of a box of (64, 64), and a group's four warps fill it together:
+// so that going on to the next c is an exclusive or of the address with 32 c.
+__device__ __forceinline__ unsigned gemm_place(void) {
+    int lane = lane_id();
+    return lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+}
+
+// The product d of this warp's 16 rows, from row `row` of the tile on, finished and rounded.
+template <GemmKind E>
+__device__ __forceinline__ void gemm_round(unsigned (&out)[16][4], const float (&d)[128],
+                                           GemmShared *s, const GemmCall &call, Ring &at, int row) {
+    unsigned in = 0;
+#pragma unroll
+    for (int c = 0; c < 16; c++) {
+        if (gemm_reads<E> && c % 8 == 0) mbarrier_wait(&s->full[at.stage], at.parity);
+        if (gemm_reads<E> && c % 4 == 0)
+            in = gemm_place() + shared_address(s->b[at.stage][c / 4 % 2 * GEMM_ROWS + row]);
+        unsigned x[4] = {};
+        if (gemm_reads<E>) ldmatrix(x, in ^ c % 4 * 32);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            out[c][i] = gemm_finish<E>(call, d[8 * c + 2 * i], d[8 * c + 2 * i + 1], x[i]);
+        if (gemm_reads<E> && c % 8 == 7) release(&s->empty[at.stage]), ring_next<GEMM_STAGES>(at);
+    }
+}
+
+// Those who fill a box together: a warp; a group where results are stored mirrored, too.
+template <GemmKind E> __device__ __forceinline__ void gemm_meet(int group) {
+    if (gemm_symmetric<E>)
+        barrier_sync(1 + group, WARPGROUP);
+    else
+        __syncwarp();
+}
+
+// The way out of 16 rows. Mirrored, they are columns 16 warp .. of a box of (64, 64), which a
+// group's four warps fill together:
 //
 //     columns      0 .. 7              8 .. 15             of the 16, that is chunk 2 warp + l / 8
 //     row 0 .. 7   lanes 0 .. 7        lanes 8 .. 15       % 2 of row 16 c + l / 16 * 8 + l % 8
 //     row 8 .. 15  lanes 16 .. 23      lanes 24 .. 31
 template <GemmKind E>
-__device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call, float (&d)[128],
-                                           GemmPlace *at, GemmTile tile, int group) {
-    int warp = threadIdx.x % GEMM_GROUP_THREADS / WARP, lane = threadIdx.x % WARP;
-    int row = group * GEMM_GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile
+__device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
+                                           const unsigned (&x)[16][4], GemmTile tile, int group,
+                                           int row) {
+    int warp = threadIdx.x % WARPGROUP / WARP, lane = lane_id();
     int top = tile.matrix * call.side;
-    unsigned mine = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    unsigned mine = gemm_place();
     unsigned turned =
         (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-    unsigned in = 0;
 #pragma unroll
-    for (int j = 0; j < GEMM_COLUMNS / GEMM_STEP; j++) {
-        int column = tile.column + j * GEMM_STEP;
+    for (int j = 0; j < GEMM_COLUMNS / BOX; j++) {
+        int column = tile.column + j * BOX;
         bool above = gemm_symmetric<E> && column >= tile.row + GEMM_ROWS;
         bool below = gemm_symmetric<E> && column < tile.row;
-        bf16 *out = s->out[gemm_symmetric<E> ? j % 2 : j][warp], *mirror = s->out[2 + j % 2][0];
-        if (gemm_reads<E>) {
-            if (j % 2 == 0) mbarrier_wait(&s->full[at->stage], at->parity);
-            in = shared_address(&s->b[at->stage][j % 2 * GEMM_INPUT + row * GEMM_STEP]);
-        }
-        if (!above) {
-            if (gemm_symmetric<E> && j >= 2) {
-                if (lane == 0) tma_store_wait_read<1>();  // of both boxes, the last time
-                barrier_sync(1 + group, GEMM_GROUP_THREADS);
-            }
+        if (above) break;
+#pragma unroll
+        for (int mirrored = 0; mirrored < 2; mirrored++) {
+            if (mirrored && !below) break;
+            auto *box = s->out[group][below ? mirrored : j % 2];
+            if (lane == 0) tma_store_wait_read<1>();  // this box has been read, if not the other
+            gemm_meet<E>(group);
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                unsigned x[4] = {}, y[4];
-                if (gemm_reads<E>) ldmatrix(x, in + (mine ^ c * 32));
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int k = 32 * j + 8 * c + 2 * i;
-                    y[i] = gemm_finish<E>(call, d[k], d[k + 1], x[i]);
-                }
-                stmatrix(shared_address(out) + (mine ^ c * 32), y);
-                if (below) stmatrix_trans(shared_address(mirror) + turned + c * 16 * 128, y);
+                if (!mirrored) stmatrix(shared_address(box[warp]) + (mine ^ c * 32), x[4 * j + c]);
+                if (mirrored)
+                    stmatrix_trans(shared_address(box) + turned + c * 16 * 128, x[4 * j + c]);
             }
             fence_async();
-            if (gemm_symmetric<E>)
-                barrier_sync(1 + group, GEMM_GROUP_THREADS);
-            else
-                __syncwarp();
+            gemm_meet<E>(group);
             if (lane == 0) {
-                tma_store(&call.out, top + tile.row + row, column, out);
-                if (below && warp == 0)
-                    tma_store(&call.mirror, top + column, tile.row + row, mirror);
-                tma_store_commit();
+                if (!mirrored) tma_store(&call.out, top + tile.row + row, column, box[warp]);
+                if (mirrored && warp == 0)
+                    tma_store(&call.mirror, top + column, tile.row + row, box);
+                tma_store_commit();  // of no store, too: a group for each box, and boxes alternate
             }
         }
-        if (gemm_reads<E> && j % 2 == 1) gemm_release(s, at->stage), gemm_next(at);
     }
+}
+
+// d = the product of this group's 64 rows and COLUMNS columns of the tile. On the diagonal that is
+// half a tile, and its columns of B are A.
+template <GemmKind E, int COLUMNS>
+__device__ __forceinline__ void gemm_multiply(float (&d)[COLUMNS / 2], GemmShared *s, int sum,
+                                              Ring &at, int group) {
+    constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
+    constexpr int A_STEP = A_ACROSS ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
+    constexpr int B_STEP = B_ACROSS ? 16 * 8 : 2;
+    int before = 0;  // the stage of the step before
+    for (int k = 0; k < sum; k += BOX, ring_next<GEMM_STAGES>(at)) {
+        const void *a_tile = s->a[at.stage][group * GROUP_ROWS];
+        const void *b_tile = COLUMNS < GEMM_COLUMNS ? s->a[at.stage] : s->b[at.stage];
+        uint64_t a = A_ACROSS ? wgmma_columns(a_tile, GEMM_BOX_BYTES) : wgmma_rows(a_tile);
+        uint64_t b = B_ACROSS ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
+        mbarrier_wait(&s->full[at.stage], at.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < BOX / 16; i++)
+            wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before has been read; this one goes on
+        if (k > 0) release(&s->empty[before]);
+        before = at.stage;
+    }
+    wgmma_wait<0>();
+    pin(d);
+    release(&s->empty[before]);
 }
 
 template <GemmKind E>
 __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
-    constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
-    constexpr int A_STEP = A_ACROSS ? 16 * 8 : 2;  // to the next 16 of the sum: 16 rows, or columns
-    constexpr int B_STEP = B_ACROSS ? 16 * 8 : 2;
     int turn = group ^ 1;  // parity: the first turn is group 0's
-    GemmPlace at = {0, 0};
-    float d[128];
+    int warp = threadIdx.x % WARPGROUP / WARP;
+    int row = group * GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile, this warp's first
+    Ring at = {0, 0};
     for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
         GemmTile tile = gemm_tile<E>(call, t);
-        int before = 0;  // the stage of the step before
         // divided for here, not when it is this group's turn
         pin(tile.row), pin(tile.column), pin(tile.matrix);
-        for (int k = 0; k < call.sum; k += GEMM_STEP, gemm_next(&at)) {
-            const bf16 *a_tile = &s->a[at.stage][group * GEMM_GROUP_ROWS * GEMM_STEP];
-            const bf16 *b_tile = s->b[at.stage];
-            uint64_t a = A_ACROSS ? wgmma_columns(a_tile, GEMM_BOX_BYTES) : wgmma_rows(a_tile);
-            uint64_t b = B_ACROSS ? wgmma_columns(b_tile, GEMM_BOX_BYTES) : wgmma_rows(b_tile);
-            mbarrier_wait(&s->full[at.stage], at.parity);
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < GEMM_STEP / 16; i++)
-                wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
-            wgmma_commit();
-            wgmma_wait<1>();  // the step before has been read; this one goes on
-            if (k > 0) gemm_release(s, before);
-            before = at.stage;
-        }
-        wgmma_wait<0>();
-        pin(d);
-        gemm_release(s, before);
+        float d[128];
+        if (gemm_on_diagonal<E>(tile))
+            gemm_multiply<E, GEMM_ROWS>(reinterpret_cast<float(&)[64]>(d), s, call.sum, at, group);
+        else
+            gemm_multiply<E, GEMM_COLUMNS>(d, s, call.sum, at, group);
+        unsigned out[16][4];
+        gemm_round<E>(out, d, s, call, at, row);
+        pin(out);  // all but stores is done by when the turn comes
         mbarrier_wait(&s->turn[group], turn);
-        gemm_leave<E>(s, call, d, &at, tile, group);
-        if (threadIdx.x % WARP == 0) {
-            tma_store_wait_read<0>();  // this warp's boxes may be written again
-            mbarrier_arrive(&s->turn[group ^ 1]);
-        }
-        __syncwarp();
+        gemm_leave<E>(s, call, out, tile, group, row);
+        release(&s->turn[group ^ 1]);
     }
+    if (lane_id() == 0) tma_store_wait_read<0>();  // shared memory lasts until then
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -324,21 +350,16 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
 template <GemmKind E>
 static __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ GemmCall call) {
-    extern __shared__ char gemm_memory[];
-    GemmShared *s = (GemmShared *)(((uintptr_t)gemm_memory + 1023) & ~(uintptr_t)1023);
-    int group = threadIdx.x / GEMM_GROUP_THREADS;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < GEMM_STAGES; i++) {
-            mbarrier_init(&s->full[i], 1);
-            mbarrier_init(&s->empty[i], GEMM_GROUPS * GEMM_WARPS);
-        }
-        for (int i = 0; i < GEMM_GROUPS; i++) mbarrier_init(&s->turn[i], GEMM_WARPS);
-        mbarrier_init_fence();
-    }
+    extern __shared__ __align__(1024) unsigned char memory[];
+    GemmShared *s = (GemmShared *)memory;
+    int group = threadIdx.x / WARPGROUP;
+    for (int i = 0; threadIdx.x == 0 && i < GEMM_GROUPS; i++)
+        mbarrier_init(&s->turn[i], GEMM_WARPS);
+    ring_init(s->full, s->empty, GEMM_STAGES, 1, GEMM_GROUPS * GEMM_WARPS);
     __syncthreads();
     if (group == GEMM_GROUPS) {
         registers_give<40>();
-        if (threadIdx.x % GEMM_GROUP_THREADS == 0) gemm_produce<E>(s, call);
+        if (threadIdx.x % WARPGROUP == 0) gemm_produce<E>(s, call);
     } else {
         registers_take<232>();
         gemm_consume<E>(s, call, group);
@@ -356,7 +377,6 @@ typedef struct {
 } GemmMap;
 
 typedef struct {
-    PFN_cuTensorMapEncodeTiled_v12000 encode;  // the driver's
     int processors;
     GemmMap *map;  // (GEMM_MAPS): a hash table; who comes last has the place
 } GemmSm90;
@@ -364,17 +384,11 @@ typedef struct {
 constexpr int GEMM_MAPS = 1024;
 
 static inline void gemm_sm90_init(GemmSm90 *g, const Gpu *gpu) {
-    cudaDriverEntryPointQueryResult found;
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&g->encode,
-                                                12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-        die(EXIT_DEVICE, "driver: found no cuTensorMapEncodeTiled, expected that of CUDA 12; "
-                         "update the driver");
     for (auto kernel :
          {gemm_kernel<GEMM_RELU2>, gemm_kernel<GEMM_RELU2_BACKWARD>, gemm_kernel<GEMM_SQUARE>,
           gemm_kernel<GEMM_SQUARE_ACROSS>, gemm_kernel<GEMM_SQUARE_ADD>})
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        GEMM_SHARED_BYTES));
+                                        sizeof(GemmShared)));
     g->processors = gpu->processors;
     g->map = (GemmMap *)die_alloc(GEMM_MAPS, sizeof *g->map, "descriptions of matrices");
 }
@@ -383,38 +397,22 @@ static inline void gemm_sm90_free(GemmSm90 *g) { free(g->map); }
 
 // Whether products of so many columns, over so many terms, are taken here for ReLU^2.
 static inline bool gemm_sm90_fits(int columns, int sum) {
-    return columns % GEMM_COLUMNS == 0 && sum % GEMM_STEP == 0;
+    return columns % GEMM_COLUMNS == 0 && sum % BOX == 0;
 }
 
 // Whether squares (side, side) are, over so many terms.
 static inline bool gemm_sm90_squares(int side, int sum) {
-    return side % GEMM_ROWS == 0 && sum % GEMM_STEP == 0;
+    return side % GEMM_ROWS == 0 && sum % BOX == 0;
 }
 
 // Describes p (rows, columns) and its boxes of (box_rows, 64).
-static inline CUtensorMap gemm_encode(const GemmSm90 *g, const bf16 *p, int rows, int columns,
-                                      int box_rows) {
-    CUtensorMap map;
-    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};
-    cuuint64_t row_bytes[] = {(cuuint64_t)columns * sizeof(bf16)};
-    cuuint32_t box[] = {GEMM_STEP, (cuuint32_t)box_rows}, steps[] = {1, 1};
-    CUresult e = g->encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, row_bytes,
-                           box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (e != CUDA_SUCCESS)
-        die(EXIT_INTERNAL, "cuTensorMapEncodeTiled: error %d; (%d, %d) at %p, boxes of %d rows",
-            (int)e, rows, columns, (const void *)p, box_rows);
-    return map;
-}
-
-// The same, looked up.
 static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, int rows,
                             int columns, int box_rows) {
     uint64_t hash = (uint64_t)(uintptr_t)p ^ (uint64_t)rows << 40 ^ (uint64_t)box_rows;
     GemmMap *m = &g->map[hash * 0x9e3779b97f4a7c15u >> 54];
     static_assert(GEMM_MAPS == 1 << (64 - 54), "as many places as the hash has values");
     if (m->p != p || m->rows != rows || m->columns != columns || m->box_rows != box_rows) {
-        *map = gemm_encode(g, p, rows, columns, box_rows);
+        *map = tile_map(p, rows, columns, columns, box_rows);
         m->p = p, m->rows = rows, m->columns = columns, m->box_rows = box_rows;
         memcpy(m->map, map, sizeof *map);
     }
@@ -424,7 +422,7 @@ static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, 
 template <GemmKind E>
 static inline void gemm_launch(const GemmSm90 *g, const GemmCall *call, cudaStream_t stream) {
     int blocks = call->tiles < g->processors ? call->tiles : g->processors;
-    gemm_kernel<E><<<blocks, GEMM_THREADS, GEMM_SHARED_BYTES, stream>>>(*call);
+    gemm_kernel<E><<<blocks, GEMM_THREADS, sizeof(GemmShared), stream>>>(*call);
     CUDA_LAUNCHED();
 }
 
@@ -436,7 +434,7 @@ static inline void gemm_relu2(const GemmSm90 *g, bf16 *out, const bf16 *a, const
     bool across = gemm_b_across<E>;
     assert(M > 0 && gemm_sm90_fits(N, K));
     gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
-    gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? BOX : GEMM_COLUMNS);
     gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
     if (in) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
     call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
@@ -472,10 +470,10 @@ static inline void gemm_sm90_square(const GemmSm90 *g,
     GemmCall call = {};
     int rows = batch * (across ? K : M), columns = across ? M : K, all = batch * M;
     assert(batch > 0 && gemm_sm90_squares(M, K) && !(across && c) && d != x && d != c);
-    gemm_map(g, &call.a, x, rows, columns, across ? GEMM_STEP : GEMM_ROWS);
-    gemm_map(g, &call.b, x, rows, columns, across ? GEMM_STEP : GEMM_COLUMNS);
+    gemm_map(g, &call.a, x, rows, columns, across ? BOX : GEMM_ROWS);
+    gemm_map(g, &call.b, x, rows, columns, across ? BOX : GEMM_COLUMNS);
     gemm_map(g, &call.out, d, all, M, GEMM_WARP_ROWS);
-    gemm_map(g, &call.mirror, d, all, M, GEMM_GROUP_ROWS);
+    gemm_map(g, &call.mirror, d, all, M, GROUP_ROWS);
     if (c) gemm_map(g, &call.in, c, all, M, GEMM_ROWS);
     call.tiles_m = M / GEMM_ROWS, call.tiles_n = ceil_div(M, GEMM_COLUMNS);
     call.tiles = batch * call.tiles_n * (call.tiles_m + 1 - call.tiles_n);

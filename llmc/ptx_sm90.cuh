@@ -185,11 +185,6 @@ template <int K> __device__ __forceinline__ void pin(unsigned (&x)[K][4]) {
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
 
 // D = A B^T, or D += A B^T if `add`; A and B are rows.
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %66, 0;\n\t"
-                 WGMMA(128) "{" WGMMA_NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n\t}"
-                 : WGMMA_64 : "l"(a), "l"(b), "r"(add));
-}
 __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add) {
     asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %34, 0;\n\t"
                  WGMMA(64) "{" WGMMA_NAMES_32 "}, %32, %33, add, 1, 1, 0, 0;\n\t}"
@@ -197,6 +192,12 @@ __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, in
 }
 
 // The same; A or B may be columns: the product is A^T B^T, A B or A^T B.
+template <bool A_COLUMNS = false, bool B_COLUMNS = false>
+__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %66, 0;\n\t"
+                 WGMMA(128) "{" WGMMA_NAMES_64 "}, %64, %65, add, 1, 1, %67, %68;\n\t}"
+                 : WGMMA_64 : "l"(a), "l"(b), "r"(add), "n"(A_COLUMNS), "n"(B_COLUMNS));
+}
 template <bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {
     asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %130, 0;\n\t"

@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_rows(bf16 *y,  // (n) rows of D, ld apart
 
 // The map of x for the TMA: boxes of a matrix of n rows of `columns`, ld apart. Depends on nothing
 // but its arguments: a launch that takes it can be captured.
-static inline CUtensorMap tile_map(const bf16 *x, int n, int columns, int ld) {
+static inline CUtensorMap tile_map(const bf16 *x, int n, int columns, int ld, int box_rows = BOX) {
     typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                                const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -147,13 +147,14 @@ static inline CUtensorMap tile_map(const bf16 *x, int n, int columns, int ld) {
     CUtensorMap map;
     cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)n};
     cuuint64_t apart[1] = {(cuuint64_t)ld * sizeof(bf16)};
-    cuuint32_t box[2] = {BOX, BOX}, step[2] = {1, 1};
+    cuuint32_t box[2] = {BOX, (cuuint32_t)box_rows}, step[2] = {1, 1};
     CUresult e = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)x, size, apart, box,
                         step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (e != CUDA_SUCCESS)
-        die(EXIT_INTERNAL, "cuTensorMapEncodeTiled: error %d (%d rows of %d, %d apart)", (int)e, n,
-            columns, ld);
+        die(EXIT_INTERNAL,
+            "cuTensorMapEncodeTiled: error %d (%d rows of %d, %d apart; boxes of %d rows)", (int)e,
+            n, columns, ld, box_rows);
     return map;
 }
 

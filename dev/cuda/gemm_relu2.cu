@@ -49,8 +49,8 @@
 #include "llmc/ptx.cuh"         // ldmatrix, mma, cp_async_16
 #include "llmc/relu2.cuh"       // relu2_forward, for lt
 #ifdef HOPPER
-#include "llmc/gemm_sm90.cuh"  // gemm_encode
 #include "llmc/ptx_sm90.cuh"   // wgmma, tma_load, mbarrier_*
+#include "llmc/tile_sm90.cuh"  // tile_map
 #endif
 
 static Matmul matmul_context;
@@ -332,11 +332,11 @@ static void gemm_relu2_v4(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, i
 //
 // More than 48 KB of shared memory must be asked for, and come as `extern`.
 
-constexpr int V5_SHARED = 2 * sizeof(Tiles) + 1024;  // v6 wants tiles at multiples of 1024
+constexpr int V5_SHARED = 2 * sizeof(Tiles);
 
 __device__ __forceinline__ Tiles *aligned_tiles(void) {
-    extern __shared__ char memory[];
-    return (Tiles *)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
+    extern __shared__ __align__(1024) unsigned char memory[];  // where v6 wants tiles
+    return (Tiles *)memory;
 }
 
 __device__ __forceinline__ void v5_copy(bf16 *tile, const bf16 *from, int first, int rows, int K,
@@ -458,7 +458,7 @@ typedef struct {
     uint64_t full[V7_STAGES], empty[V7_STAGES];
 } V7Shared;
 
-constexpr int V7_SHARED = sizeof(V7Shared) + 1024;
+constexpr int V7_SHARED = sizeof(V7Shared);
 
 static __global__ void __launch_bounds__(V7_THREADS, 2)
     v7_kernel(Out out, const __grid_constant__ CUtensorMap x_map,
@@ -497,8 +497,8 @@ static __global__ void __launch_bounds__(V7_THREADS, 2)
 static void gemm_relu2_v7(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, int N,
                           cudaStream_t stream) {
     // What the TMA is told of a matrix: address, sizes, box, swizzle.
-    CUtensorMap x_map = gemm_encode(&matmul_context.fused, x, n, K, TILE);
-    CUtensorMap w_map = gemm_encode(&matmul_context.fused, w, N, K, TILE);
+    CUtensorMap x_map = tile_map(x, n, K, K, TILE);
+    CUtensorMap w_map = tile_map(w, N, K, K, TILE);
     launch_tiles(v7_kernel, V7_THREADS, V7_SHARED, stream, {y, n, N}, x_map, w_map, K);
 }
 
@@ -511,11 +511,11 @@ static void gemm_relu2_v7(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, i
 //     group 0   multiply  | out | multiply        | out |
 //     group 1     multiply      | out | multiply        | out |
 //
-// Beside that: tiles are 128 x 256, a quarter less to fetch; results leave through shared memory
-// and the TMA in whole rows of 128 bytes, where v6_store writes pieces of 16; tiles are made in an
-// order by which those in work at a time share rows of x and W. Read it now: its words are v7's.
-// What it does for y is GEMM_RELU2; its other kinds of products are backward's, and the squares of
-// dev/cuda/muon.cu.
+// as far as the ring reaches, for a stage is filled again when both have read it. Beside that:
+// tiles are 128 x 256, a quarter less to fetch; results leave through shared memory and the TMA in
+// whole rows of 128 bytes, where v6_store writes pieces of 16; tiles are made in an order by which
+// those in work at a time share rows of x and W. Read it now: its words are v7's. What it does for
+// y is GEMM_RELU2; its other kinds of products are backward's, and the squares of dev/cuda/muon.cu.
 
 static void gemm_relu2_llmc(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, int N,
                             cudaStream_t stream) {

@@ -277,11 +277,12 @@ static inline void wgmma_shared(float (&d)[N], uint64_t a, bool a_columns, uint6
                  [=](float(&x)[16], int i) { wgmma_gather(x, a, a_columns, i); });
     });
 }
-static inline void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
-    wgmma_shared(d, a, false, b, false, add);
-}
 static inline void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add) {
     wgmma_shared(d, a, false, b, false, add);
+}
+template <bool A_COLUMNS = false, bool B_COLUMNS = false>
+static inline void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
+    wgmma_shared(d, a, A_COLUMNS, b, B_COLUMNS, add);
 }
 template <bool A_COLUMNS, bool B_COLUMNS>
 static inline void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {

@@ -141,10 +141,10 @@ TEST(batched) {
 TEST(square) {
     static const struct {
         int M, K, batch;
-    } shape[] = {{8, 8, 1},      {48, 192, 3},  {128, 64, 1},   {128, 128, 3},
-                 {256, 320, 2},  {384, 384, 5}, {192, 192, 2},  {640, 72, 1},
-                 {640, 128, 30}, {768, 768, 3}, {768, 3072, 2}, {1536, 1536, 1}};
-    for (int i = 0; i < (grid_small ? 5 : 12); i++)
+    } shape[] = {{8, 8, 1},     {48, 192, 3},   {128, 64, 1},   {128, 128, 3}, {256, 320, 2},
+                 {384, 64, 3},  {384, 384, 5},  {192, 192, 2},  {640, 72, 1},  {640, 128, 30},
+                 {768, 768, 3}, {768, 3072, 2}, {1536, 1536, 1}};
+    for (int i = 0; i < (grid_small ? 6 : 13); i++)
         for (int kind = 0; kind < 4; kind++) {
             int M = shape[i].M, K = shape[i].K, batch = shape[i].batch;
             bool tx = kind & 1, add = kind & 2;
@@ -271,15 +271,18 @@ static void check_relu2_backward(int n, int columns, int sum) {
     gpu_end_case();
 }
 
-// Sizes that a kernel of Hopper's takes and sizes that it does not; at the end more tiles than SMs,
-// in several bands.
+// Sizes that a kernel of Hopper's takes and sizes that it does not; at the end several tiles a
+// block, in bands, of fewer and of more steps than its ring has stages (an emulated GPU runs two).
 static void each_relu2(void (*check)(int n, int columns, int sum)) {
     static const int shape[][2] = {{256, 64}, {256, 128}, {8, 48},     {384, 128},
                                    {256, 72}, {768, 320}, {3072, 768}, {768, 3072}};
     for (auto s : shape)
         for (int n : {1, 64, 65, 127, 128, 129, 256, 257, 1000})
             if (!grid_small || (n < 130 && s[0] < 768)) check(n, s[0], s[1]);
-    if (!grid_small) check(9000, 3072, 192);
+    if (grid_small)
+        check(300, 512, 320);
+    else
+        check(9000, 3072, 192), check(9000, 3072, 768), check(9000, 768, 3072);
 }
 
 TEST(relu2_epilogue) { each_relu2(check_relu2_forward); }
