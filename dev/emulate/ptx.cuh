@@ -252,15 +252,38 @@ static inline void wgmma_gather(float (&x)[16], uint64_t descriptor, bool column
     }
 }
 
+// B of a product, gathered by the first of a warp's lanes that comes to it. All lanes of a warp start
+// the same products, so each counts them.
+enum { PRODUCTS_OPEN = 64 };  // of a warp, at most
+typedef struct {
+    unsigned number;
+    float row[256][16];
+} WgmmaFactor;
+
+static inline unsigned wgmma_number(void) {
+    static unsigned count[1024];
+    return ++count[threadIdx.x];
+}
+static inline const WgmmaFactor *wgmma_factor(unsigned number, uint64_t b, bool columns, int rows) {
+    static WgmmaFactor open[32][PRODUCTS_OPEN];
+    WgmmaFactor *f = &open[threadIdx.x / 32][number % PRODUCTS_OPEN];
+    if (f->number != number)
+        for (int i = 0; i < rows; i++) wgmma_gather(f->row[i], b, columns, i);
+    f->number = number;
+    return f;
+}
+
 // d (+)= A B^T of this thread's rows and columns; row(x, i) gathers row i of A.
 template <int N, class Row>
-static inline void wgmma_do(float (&d)[N], uint64_t b, bool b_columns, bool add, Row row) {
+static inline void wgmma_do(float (&d)[N], unsigned number, uint64_t b, bool b_columns, bool add,
+                            Row row) {
+    const WgmmaFactor *f = wgmma_factor(number, b, b_columns, 2 * N);
     int lane = (int)threadIdx.x % 128, w = lane / 32, g = lane % 32 / 4, t = lane % 4;
-    float x[2][16], y[16];
+    float x[2][16];
     for (int half = 0; half < 2; half++) row(x[half], 16 * w + 8 * half + g);
     for (int c = 0; c < N / 4; c++)
         for (int e = 0; e < 2; e++) {
-            wgmma_gather(y, b, b_columns, 8 * c + 2 * t + e);
+            const float *y = f->row[8 * c + 2 * t + e];
             for (int half = 0; half < 2; half++) {
                 float sum = 0, &to = d[4 * c + 2 * half + e];
                 for (int k = 0; k < 16; k++) sum += x[half][k] * y[k];
@@ -272,8 +295,9 @@ template <int N>
 static inline void wgmma_shared(float (&d)[N], uint64_t a, bool a_columns, uint64_t b,
                                 bool b_columns, int add) {
     float *to = d;
+    unsigned number = wgmma_number();
     emulate::later(emulate::PRODUCT, [=] {
-        wgmma_do(*(float(*)[N])to, b, b_columns, add,
+        wgmma_do(*(float(*)[N])to, number, b, b_columns, add,
                  [=](float(&x)[16], int i) { wgmma_gather(x, a, a_columns, i); });
     });
 }
@@ -295,11 +319,13 @@ static inline void wgmma_registers(float (&d)[N], const unsigned (&a)[4], uint64
     const unsigned char *all = emulate::exchange(~0u, &mine, sizeof mine);
     for (int i = 0; i < 32; i++) of_lane[i] = shown<Registers>(all, i);
     float *to = d;
+    unsigned number = wgmma_number();
     std::function<void(float(&)[16], int)> row = [=](float(&x)[16], int i) {
         for (int k = 0; k < 16; k++)
             x[k] = bf16_half(of_lane[4 * (i % 8) + k % 8 / 2][2 * (k / 8) + i % 16 / 8], k % 2);
     };
-    emulate::later(emulate::PRODUCT, [=] { wgmma_do(*(float(*)[N])to, b, true, true, row); });
+    emulate::later(emulate::PRODUCT,
+                   [=] { wgmma_do(*(float(*)[N])to, number, b, true, true, row); });
 }
 static inline void wgmma(float (&d)[64], const unsigned (&a)[4], uint64_t b) {
     wgmma_registers(d, a, b);

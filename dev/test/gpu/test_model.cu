@@ -129,7 +129,7 @@ TEST(recomputed_layers_have_the_same_bits) {
         trainer_init(&kept, flags);
         snprintf(flags, sizeof flags, "%s 4 --recompute %d", SMALL, level);
         trainer_init(&again, flags);
-        for (int it = 0; it < 3; it++) {
+        for (int it = 0; it < (grid_small ? 1 : 3); it++) {
             int rows[SMALL_TOKENS];
             small_rows(rows, it);
             StepResult expected = trainer_step(&kept, rows, it, NULL);
