@@ -99,6 +99,13 @@ __device__ __forceinline__ void tma_load(void *to, const CUtensorMap *map, int r
                  : "memory");
 }
 
+// Brings the box that begins at (row, column) to L2, some time: nothing waits for it.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int row, int column) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
+                 "r"(column), "r"(row)
+                 : "memory");
+}
+
 // Starts the copy of a box from shared memory to (row, column). What threads have stored there it
 // sees behind fence_async() by each of them, and a barrier.
 __device__ __forceinline__ void tma_store(const CUtensorMap *map, int row, int column,

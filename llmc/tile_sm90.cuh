@@ -17,7 +17,7 @@
 #ifndef LLMC_TILE_SM90_CUH
 #define LLMC_TILE_SM90_CUH
 
-#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_load, wgmma*
+#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_*, wgmma*
 #include "llmc/vec.cuh"       // pack
 
 constexpr int WARPGROUP = 128;
@@ -63,6 +63,15 @@ __device__ __forceinline__ void tile_load(Tile<D, ROWS> &tile, const CUtensorMap
 #pragma unroll
         for (int r = 0; r < ROWS; r += BOX)
             tma_load(tile.x[c][r], &map, row + r, column + c * BOX, full);
+}
+
+// Brings the same rows and columns to L2, for a tile_load to come. One thread calls it.
+template <int D, int ROWS>
+__device__ __forceinline__ void tile_prefetch(const CUtensorMap &map, int row, int column) {
+#pragma unroll
+    for (int c = 0; c < D; c += BOX)
+#pragma unroll
+        for (int r = 0; r < ROWS; r += BOX) tma_prefetch(&map, row + r, column + c);
 }
 
 // Starts x = a b^T of 64 rows of a, from `row` on, and the N rows of b.
