@@ -213,10 +213,13 @@ TEST(large_scores) {
     }
 }
 
-// The same call twice, over other rubbish: the same bits.
+// The same call again, over other rubbish: the same bits. On Hopper a block takes one piece of work
+// after the other, 128 rows of a head each: 600 of them for its 132 processors, so that which block
+// takes what differs.
 TEST(same_bits_again) {
+    const int H = sizeof(floatX) == sizeof(bf16) && !grid_small ? 50 : 2;
     for (int D : head_sizes) {
-        Problem p = problem(grid_small ? 1 : 3, grid_small ? 65 : 500, 2, D, 130, DOCS_MIX, false);
+        Problem p = problem(grid_small ? 1 : 3, grid_small ? 65 : 500, H, D, 130, DOCS_MIX, false);
         size_t o_bytes = p.o.count * sizeof(float), dqkv_bytes = p.dqkv.count * sizeof(float);
         float *o = gpu_expected(p.o.count), *dqkv = gpu_expected(p.dqkv.count);
         for (int i = 0; i < (grid_small ? 2 : 5); i++) {
@@ -229,6 +232,39 @@ TEST(same_bits_again) {
             CHECK(!memcmp(o, p.o.host, o_bytes));
             CHECK(!memcmp(dqkv, p.dqkv.host, dqkv_bytes));
         }
+        gpu_end_case();
+    }
+}
+
+// A NaN in a row of k: o and lse are NaN where a query sees that key, and nowhere else. Backward
+// gives NaN to all that these queries reach; and, as tiles hold 0 times NaN, to no more than what
+// lies in a tile of at most 128 rows with it. The other head, and rows beyond, stay clean.
+TEST(nan_stays_near) {
+    const int T = 280, W = 20, key = 100, beyond = 256;  // from 256 on no query sees a key before
+    for (int D : head_sizes) {
+        Problem p = problem(1, T, 2, D, W, DOCS_EDGES, false);
+        float *qkv = gpu_expected(p.qkv.count);
+        memcpy(qkv, p.qkv.host, p.qkv.count * sizeof *qkv);
+        qkv[key * p.ld + p.C + D - 1] = NAN;
+        p.qkv = gpu_copy<floatX>("qkv", qkv, p.qkv.count);
+        forward(&p), backward(&p);
+        gpu_read(p.o), gpu_read(p.lse), gpu_read(p.dqkv);
+        int wrong = 0, missing = 0, spread = 0;
+        for (int i = 0; i < T; i++)
+            for (int c = 0; c < p.C; c++) {
+                bool in_head = c < D, sees = i >= key && i <= key + W && p.in_row[i] <= key;
+                const float *d = p.dqkv.host + i * p.ld + c;
+                wrong += isnan(p.o.host[i * p.ldo + c]) != (in_head && sees);
+                wrong += isnan(p.lse.host[c / D * T + i]) != (in_head && sees);
+                if (in_head && sees) missing += !isnan(d[0]);
+                if (in_head && i == key) missing += !isnan(d[p.C]) + !isnan(d[2 * p.C]);
+                if (!in_head || i >= beyond)
+                    spread += isnan(d[0]) || isnan(d[p.C]) || isnan(d[2 * p.C]);
+            }
+        test_check(!wrong && !missing && !spread, __FILE__, __LINE__,
+                   "D %d: found %d of o and lse wrong, %d gradients without a NaN that they must "
+                   "have, %d with one from far away",
+                   D, wrong, missing, spread);
         gpu_end_case();
     }
 }
@@ -321,5 +357,6 @@ int main(int argc, char **argv) {
     if (!grid_small) RUN(many_rows);
     if (sizeof(floatX) == sizeof(bf16)) RUN(large_scores);
     RUN(same_bits_again);
+    RUN(nan_stays_near);
     return test_end();
 }
