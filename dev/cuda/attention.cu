@@ -268,6 +268,65 @@ __device__ __forceinline__ void load_tile_fp32(LongRow *tile, const bf16 *x, int
 
 __device__ __forceinline__ float4 four(const float *x) { return *(const float4 *)x; }
 
+// s = a b^T: the thread's 4 rows of a, and its 4 of b.
+__device__ __forceinline__ void multiply_4x4(float (&s)[4][4], const LongRow *a, const LongRow *b) {
+    int ty = (int)threadIdx.x / 16, tx = (int)threadIdx.x % 16;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) s[r][c] = 0;
+#pragma unroll 2
+    for (int d = 0; d < D; d += 4) {
+        float4 y[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) y[c] = four(b[tx + 16 * c] + d);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float4 x = four(a[4 * ty + r] + d);
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                s[r][c] += x.x * y[c].x + x.y * y[c].y + x.z * y[c].z + x.w * y[c].w;
+        }
+    }
+}
+
+// out += p x: the thread's 4 rows of p (64, 64), which passes through shared memory, and its 8
+// columns of x.
+__device__ __forceinline__ void add_4x8(float (&out)[4][8], const float (&mine)[4][4], LongRow *p,
+                                        const LongRow *x) {
+    int ty = (int)threadIdx.x / 16, tx = (int)threadIdx.x % 16;
+    __syncwarp();  // a row of p is the matter of one warp: that is done with what was there
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < 4; c++) p[4 * ty + r][tx + 16 * c] = mine[r][c];
+    __syncwarp();
+#pragma unroll 4
+    for (int j = 0; j < TILE; j++) {
+        float4 left = four(x[j] + 4 * tx), right = four(x[j] + 64 + 4 * tx);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float f = p[4 * ty + r][j];
+            out[r][0] += f * left.x, out[r][1] += f * left.y;
+            out[r][2] += f * left.z, out[r][3] += f * left.w;
+            out[r][4] += f * right.x, out[r][5] += f * right.y;
+            out[r][6] += f * right.z, out[r][7] += f * right.w;
+        }
+    }
+}
+
+// Writes out, times factor, to rows first + 4 ty .. of y.
+__device__ __forceinline__ void store_4x8(bf16 *y, const float (&out)[4][8],
+                                          const float (&factor)[4], int first, int n, int ld) {
+    int ty = (int)threadIdx.x / 16, tx = (int)threadIdx.x % 16;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            if (first + 4 * ty + r < n)
+                row_of(y, first + 4 * ty + r, ld)[e / 4 * 64 + 4 * tx + e % 4] =
+                    from_float<bf16>(factor[r] * out[r][e]);
+}
+
 static __global__ void __launch_bounds__(V4_THREADS, 2) forward_v4_kernel(Attention a) {
     extern __shared__ __align__(16) unsigned char memory[];
     LongRow *q = (LongRow *)memory, *k = q + TILE, *v = k + TILE, *p = k;  // p takes k's place
@@ -285,21 +344,8 @@ static __global__ void __launch_bounds__(V4_THREADS, 2) forward_v4_kernel(Attent
         load_tile_fp32(v, a.v, k0, a.n, a.ld);
         __syncthreads();  // the tile is there
 
-        float s[4][4] = {};
-#pragma unroll 2
-        for (int d = 0; d < D; d += 4) {
-            float4 y[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++) y[c] = four(k[tx + 16 * c] + d);
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float4 x = four(q[4 * ty + r] + d);
-#pragma unroll
-                for (int c = 0; c < 4; c++)
-                    s[r][c] += x.x * y[c].x + x.y * y[c].y + x.z * y[c].z + x.w * y[c].w;
-            }
-        }
-
+        float s[4][4];
+        multiply_4x4(s, q, k);
         // v3's step, for 64 keys together. The 16 threads of a query are lanes of one warp.
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -319,35 +365,17 @@ static __global__ void __launch_bounds__(V4_THREADS, 2) forward_v4_kernel(Attent
             for (int c = 0; c < 4; c++) s[r][c] = __expf(s[r][c] - top), sum[r] += s[r][c];
         }
         __syncthreads();  // all are done with k
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-            for (int c = 0; c < 4; c++) p[4 * ty + r][tx + 16 * c] = s[r][c];
-        __syncwarp();  // a row of p comes from the warp that reads it
-
-#pragma unroll 4
-        for (int j = 0; j < TILE; j++) {
-            float4 left = four(v[j] + 4 * tx), right = four(v[j] + 64 + 4 * tx);
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float x = p[4 * ty + r][j];
-                out[r][0] += x * left.x, out[r][1] += x * left.y;
-                out[r][2] += x * left.z, out[r][3] += x * left.w;
-                out[r][4] += x * right.x, out[r][5] += x * right.y;
-                out[r][6] += x * right.z, out[r][7] += x * right.w;
-            }
-        }
+        add_4x8(out, s, p, v);
     }
+    float factor[4];
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         int i = q0 + 4 * ty + r;
         for (int d = 8; d > 0; d /= 2) sum[r] += __shfl_xor_sync(FULL_WARP, sum[r], d);
-        if (i >= a.n) continue;
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-            row_of(a.o, i, a.ldo)[e / 4 * 64 + 4 * tx + e % 4] =
-                from_float<bf16>(out[r][e] / sum[r]);
-        if (tx == 0) a.lse[i] = largest[r] + logf(sum[r]);
+        if (tx == 0 && i < a.n) a.lse[i] = largest[r] + logf(sum[r]);
+        factor[r] = 1 / sum[r];
     }
+    store_4x8(a.o, out, factor, q0, a.n, a.ldo);
 }
 
 // A block for each 64 rows of each head.

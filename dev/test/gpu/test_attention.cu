@@ -1,6 +1,6 @@
 // test_attention.cu: attention of each build (llmc/attention.cuh, llmc/attention_sm90.cuh,
 // llmc/attention_fp32.cuh) against the CPU's; `test_attention bench` times it instead.
-#include "dev/test/gpu/test_gpu.cuh"
+#include "dev/test/gpu/test_qkv.cuh"  // columns, compare_gradient
 
 #ifdef PRECISION_FP32
 #include "llmc/attention_fp32.cuh"  // attention_forward, attention_backward
@@ -70,15 +70,6 @@ static void backward(const Problem *p) {
 // ---------------------------------------------------------------------------------------------
 // Against the CPU.
 
-// Columns from .. from + count - 1 of rows that are ld apart.
-static float *columns(const float *x, int n, int ld, int from, int count) {
-    size_t width = (size_t)count;
-    float *y = gpu_expected((size_t)n * width);
-    for (size_t t = 0; t < (size_t)n; t++)
-        memcpy(y + t * width, x + t * (size_t)ld + from, width * sizeof *y);
-    return y;
-}
-
 // What lies behind each row, from column `from` on, is still poison.
 static void check_gap(const GpuArray<floatX> &x, int n, int ld, int from, const char *shape) {
     for (int t = 0; t < n; t++)
@@ -86,26 +77,6 @@ static void check_gap(const GpuArray<floatX> &x, int n, int ld, int from, const 
             if (!isnan(x.host[(size_t)t * (size_t)ld + (size_t)c]))
                 return test_check(false, __FILE__, __LINE__, "%s of %s: written behind row %d",
                                   x.name, shape, t);
-}
-
-// dq, dk or dv (part 0, 1, 2): compared one by one, lest one hides behind another. Where every
-// query sees one key only, dq and dk are 0: what rounding leaves there is held against 1, the size
-// of the inputs.
-static void compare_gradient(const Problem *p, const float *dqkv /* (n, 3C) */, int part,
-                             const char *shape) {
-    static const char *const names[] = {"dq", "dk", "dv"};
-    size_t count = (size_t)p->n * (size_t)p->C;
-    float *expected = columns(dqkv, p->n, 3 * p->C, part * p->C, p->C), *ones = gpu_expected(count);
-    GpuArray<floatX> found =
-        gpu_copy<floatX>(names[part], columns(p->dqkv.host, p->n, p->ld, part * p->C, p->C), count);
-    bool zero = true;
-    for (size_t i = 0; i < count; i++) ones[i] = 1, zero = zero && expected[i] == 0;
-    if (zero) {
-        found.tolerance = 1e-4;
-        gpu_compare_sums(found, expected, ones, (int)count, shape);
-    } else {
-        gpu_compare(found, expected, p->n, p->C, "%s", shape);
-    }
 }
 
 // Forward: o and lse. Returns the CPU's lse (n, H) and the GPU's o (n, C), for backward.
@@ -142,7 +113,8 @@ static void check_problem(Problem *p, const char *docs) {
                             p->T, p->H, p->D);
     gpu_read(p->dqkv);
     check_gap(p->dqkv, p->n, p->ld, 3 * p->C, shape);
-    for (int part = 0; part < 3; part++) compare_gradient(p, dqkv, part, shape);
+    for (int part = 0; part < 3; part++)
+        compare_gradient(p->dqkv.host, dqkv, part, p->n, p->C, p->ld, shape);
     gpu_end_case();
 }
 
