@@ -1,6 +1,6 @@
-// attention_sm90.cuh: attention_call.cuh's attention for Hopper, BF16: copies by the TMA, products by
-// wgmma. For builds for sm_90a alone; attention.cuh is the portable one, whose opening comment tells
-// flash attention. D is 64 or 128, ld and ldo are multiples of 8.
+// attention_sm90.cuh: attention_call.cuh's attention for Hopper, BF16: copies by the TMA, products
+// by wgmma. For builds for sm_90a alone; attention.cuh is the portable one, whose opening comment
+// tells flash attention. D is 64 or 128, ld and ldo are multiples of 8.
 //
 // WHO DOES WHAT. A block is three warpgroups. One copies: a thread of it (a warp, where there is
 // more to find) starts the TMA's copies, as far ahead as shared memory has room. Two compute, each
@@ -21,16 +21,18 @@
 // blocks, through memory and in turn to keep their order, and ds must go through shared memory.
 // No atomics in any sum, the same bits each time.
 //
-// BLOCKS STAY, one on each SM, and take one piece of work after the other (a tile of rows of a head;
-// long ones of a row first): while one ends, the copies for the next are under way. Which block
-// takes what differs from run to run, what comes out does not. The counter they take from turns
-// back to 0 at the end of a launch: ONE CALL AT A TIME, whatever the stream (the trainer has one).
+// BLOCKS STAY, one on each SM, and take one piece of work after the other (a tile of rows of a
+// head; long ones of a row first): while one ends, the copies for the next are under way. Which
+// block takes what differs from run to run, what comes out does not. The counter they take from
+// turns back to 0 at the end of a launch: ONE CALL AT A TIME, whatever the stream (the trainer has
+// one).
 //
 // REGISTERS. 168 a thread for the compiler, 240 once the copying warpgroup has given; no kernel
 // spills, and dev/test/test_sass.c sees to it.
 //
 // The compiler moves wgmma_wait() up to the last branch before it, over arithmetic that should run
-// beside the product. So in each loop a branch that is needed anyway stands behind the exponentials.
+// beside the product. So in each loop a branch that is needed anyway stands behind the
+// exponentials.
 #ifndef LLMC_ATTENTION_SM90_CUH
 #define LLMC_ATTENTION_SM90_CUH
 

@@ -2,11 +2,11 @@
 // count bytes, copies of whole tiles by the TMA, products by a warpgroup. They exist in code for
 // sm_90a only: a kernel asks PTX_SM90 before it uses them.
 //
-// TILES. A copy moves a box of some rows of 64 BF16 numbers between a matrix in global memory, which
-// a CUtensorMap describes, and shared memory. There a row takes 128 bytes, and its chunk c of 16
-// bytes lies at place c ^ (row % 8) (the "128-byte swizzle"): a column of chunks lies in all banks.
-// So every block of boxes begins at a multiple of 1024 bytes. What lies outside the matrix is read
-// as zeros, and not written.
+// TILES. A copy moves a box of some rows of 64 BF16 numbers between a matrix in global memory,
+// which a CUtensorMap describes, and shared memory. There a row takes 128 bytes, and its chunk c of
+// 16 bytes lies at place c ^ (row % 8) (the "128-byte swizzle"): a column of chunks lies in all
+// banks. So every block of boxes begins at a multiple of 1024 bytes. What lies outside the matrix
+// is read as zeros, and not written.
 //
 // PRODUCTS. A warpgroup, 128 threads, multiplies D = A B + D with A (64, 16), B (16, N), D (64, N).
 // Warp w of the four holds rows 16 w .. of D, and lane 4 g + t of them

@@ -20,13 +20,13 @@
 // each clock; that a warp waits costs nothing as long as others have something to do. From far to
 // near:
 //
-//     memory           4.8 TB/s     in sectors of 32 bytes: a warp whose lanes read 4 bytes each, side
-//     L2, 50 MB        ~ 5.5 TB/s   by side, takes 4 sectors; one whose lanes read far apart takes 32
-//     L1, shared       ~ 30 TB/s    of each SM, 128 bytes a clock; shared memory is the part that the
-//                                   program fills itself: 32 banks of 4 bytes, side by side
-//     registers                     of a thread; the lanes of a warp swap theirs by __shfl_sync
-//     FP32 units       67 TFLOP/s   a multiply-add of a warp is 64 FLOPs
-//     tensor cores    989 TFLOP/s   one of small BF16 matrices, by a warp together, 4096
+//     memory         4.8 TB/s      in sectors of 32 bytes: a warp whose lanes read 4 bytes each,
+//     L2, 50 MB      ~ 5.5 TB/s    side by side, takes 4; one whose lanes read far apart takes 32
+//     L1, shared     ~ 30 TB/s     of each SM, 128 bytes a clock; shared memory is the part that
+//                                  the program fills itself: 32 banks of 4 bytes, side by side
+//     registers                    of a thread; the lanes of a warp swap theirs by __shfl_sync
+//     FP32 units     67 TFLOP/s    a multiply-add of a warp is 64 FLOPs
+//     tensor cores   989 TFLOP/s   one of small BF16 matrices, by a warp together, 4096
 //
 // __syncthreads() is where all threads of a block meet, __syncwarp() those of a warp: what others
 // wrote ahead of it can be read behind it.
@@ -41,11 +41,11 @@
 //     v4    tiles in shared memory, read by all              -         -        -          -
 //     v5    tensor cores                                     -         -        -          -
 //     v6    copies run beside products                       -         -        -          -
-//     v7    llmc/attention.cuh: 32 rows a warp             614       336      74%          -
-//     v8    llmc/attention_sm90.cuh: TMA, wgmma              -         -        -          -
+//     llmc  llmc/attention.cuh: 32 rows a warp             614       336      74%          -
+//     sm90  llmc/attention_sm90.cuh: TMA, wgmma            353       584     128%          -
 //
 // To read on the way: llmc/attention_call.cuh first; ahead of v5 the opening comment of
-// llmc/ptx.cuh; as v7 llmc/attention.cuh; as v8 llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
+// llmc/ptx.cuh; behind v6 llmc/attention.cuh; last llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
 // llmc/attention_sm90.cuh.
 #include "dev/cuda/ladder.cuh"      // Rung, ladder_check, ladder_time
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key
@@ -569,7 +569,6 @@ static void forward_v5(const Attention &a, float *) {
 //     copies      k of t   | v of t              | k of t - 1        | v of t - 1
 //     products             | s = q k^T, softmax  | out += p v        | s = q k^T, ..
 //                          ^ barrier             ^ barrier           ^ barrier
-//
 
 template <int ROWS>
 __device__ __forceinline__ void copy_tile(Row *tile, const bf16 *x, int first, int n, int ld) {
@@ -613,7 +612,7 @@ static void forward_v6(const Attention &a, float *) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Forward v7: llmc/attention.cuh. What it has beyond v6:
+// Forward llmc: llmc/attention.cuh. What it has beyond v6:
 //
 // - A warp owns 32 rows: what ldmatrix brings of k and v serves two mma, not one. In v6 shared
 //   memory has more to do than the tensor cores.
@@ -623,7 +622,7 @@ static void forward_v6(const Attention &a, float *) {
 // - out is rescaled only when the largest score has grown 2^8-fold.
 // - The blocks with the most keys start first, so that none is left alone at the end.
 //
-// Forward v8: llmc/attention_sm90.cuh. What it has beyond v7, all of which came with Hopper:
+// Forward sm90: llmc/attention_sm90.cuh. What it has beyond that, all of which came with Hopper:
 //
 // - The TMA: one thread sends for a whole tile; a barrier in shared memory counts its bytes.
 // - wgmma: four warps together multiply (64, 16) by (16, 128), right from shared memory, and go on
@@ -631,9 +630,9 @@ static void forward_v6(const Attention &a, float *) {
 // - Roles: one warpgroup only copies, two only compute, and most registers go to these.
 // - Blocks stay, and take one piece of work after the other.
 
-static void forward_v7(const Attention &a, float *) { portable::attention_run_forward(a, 0); }
+static void forward_llmc(const Attention &a, float *) { portable::attention_run_forward(a, 0); }
 #ifdef HOPPER
-static void forward_v8(const Attention &a, float *) { hopper::attention_run_forward(a, 0); }
+static void forward_sm90(const Attention &a, float *) { hopper::attention_run_forward(a, 0); }
 #endif
 
 // scores: (H, n, W + 1), scratch of the first two rungs.
@@ -646,9 +645,9 @@ static const Rung<Forward> FORWARD[] = {
     {"v4", "tiles in shared memory, read by all", forward_v4},
     {"v5", "tensor cores", forward_v5},
     {"v6", "copies run beside products", forward_v6},
-    {"v7", "llmc/attention.cuh: 32 rows a warp", forward_v7},
+    {"llmc", "llmc/attention.cuh: 32 rows a warp", forward_llmc},
 #ifdef HOPPER
-    {"v8", "llmc/attention_sm90.cuh: TMA, wgmma", forward_v8},
+    {"sm90", "llmc/attention_sm90.cuh: TMA, wgmma", forward_sm90},
 #endif
 };
 

@@ -102,9 +102,9 @@ static void backward_v1(const Attention &a) {
 // are 4 registers of each lane. The price is warp_sum, 5 rounds for each dot product; the keys'
 // pass has three of them a pair, s, dp and delta.
 //
-// v3: delta first. delta_i is the same for all keys that query i sees, but v2's pass over keys makes
-// it anew for each, up to 2048 times. A kernel of its own makes it once, 4 bytes a query. Two dot
-// products are left of three, and o is not read again.
+// v3: delta first. delta_i is the same for all keys that query i sees, but v2's pass over keys
+// makes it anew for each, up to 2048 times. A kernel of its own makes it once, 4 bytes a query. Two
+// dot products are left of three, and o is not read again.
 
 template <bool DELTA_FIRST>
 __device__ __forceinline__ float delta_of(const Attention &a, int i, float4 dout) {
@@ -167,12 +167,12 @@ static void backward_v3(const Attention &a) {
 // v4: tiles. v3 reads 512 bytes of L1 for the pairs of one row with one other. Here a block holds
 // 64 rows in shared memory, and brings 64 others at a time, for 64 x 64 pairs; what a thread of 256
 // does of them is drawn at forward's v4, and no sum crosses threads. Rows that stay and rows that
-// come by are queries and keys in one kernel, keys and queries in the other: the thread's 4 x 4 of s
-// are then those of s^T.
+// come by are queries and keys in one kernel, keys and queries in the other: the thread's 4 x 4 of
+// s are then those of s^T.
 //
-//               in shared memory          walks                    s -> p -> ds
-//     dq        q, do, tiles of k and v   down to the first key    ds takes v's place
-//     dk, dv    k, v, tiles of q and do   up to the last query     p, then ds in a place of their own
+//               in shared memory          walks                    left operands
+//     dq        q, do, tiles of k and v   down to the first key    ds, in v's place
+//     dk, dv    k, v, tiles of q and do   up to the last query     p, then ds, in a fifth tile
 //
 // Four tiles in FP32 are 132 KB, five are 165: a block an SM, 8 warps. That each thread has 16
 // multiply-adds at a time that do not depend on each other must make up for it.
@@ -264,14 +264,14 @@ static void backward_v4(const Attention &a) {
 
 // ---------------------------------------------------------------------------------------------
 // v5: tensor cores. As in forward's v5 a block is 4 warps of 16 rows each, and what one product
-// leaves in registers, rounded to BF16, is the left operand of the next: p and ds never go to shared
-// memory. In the pass over keys s^T and dp^T are made, (16 keys, queries), so that this holds for
-// p^T do and ds^T q, too; what is a query's, lse, delta and where its document begins, then goes by
-// columns, and comes to shared memory with the tile.
+// leaves in registers, rounded to BF16, is the left operand of the next: p and ds never go to
+// shared memory. In the pass over keys s^T and dp^T are made, (16 keys, queries), so that this
+// holds for p^T do and ds^T q, too; what is a query's, lse, delta and where its document begins,
+// then goes by columns, and comes to shared memory with the tile.
 //
-// A warp's sums are (16, 128), 64 registers of each lane; the keys' warps have two of them. s and dp
-// are in registers together. So tiles that come by have 32 rows, which takes 16 registers for each;
-// and dq's blocks come three to an SM, the keys' two.
+// A warp's sums are (16, 128), 64 registers of each lane; the keys' warps have two of them. s and
+// dp are in registers together. So tiles that come by have 32 rows, which takes 16 registers for
+// each; and dq's blocks come three to an SM, the keys' two.
 
 constexpr int WALK = 32;  // rows of a tile that is walked over
 
@@ -414,9 +414,9 @@ static void backward_v5(const Attention &a) {
 
 // ---------------------------------------------------------------------------------------------
 // v6: copies run beside products. v5's warps wait for a tile, then compute, and no copy is under
-// way. cp.async copies by itself; with room for two tiles the next one lands while this one is used,
-// and one barrier a tile is enough: behind it this tile is there, and all are done with the one
-// before, whose place the next one takes.
+// way. cp.async copies by itself; with room for two tiles the next one lands while this one is
+// used, and one barrier a tile is enough: behind it this tile is there, and all are done with the
+// one before, whose place the next one takes.
 
 __device__ __forceinline__ void copy_keys(KeyTile &tile, const Attention &a, int k0) {
     copy_tile<WALK>(tile.k, a.k, k0, a.n, a.ld);
@@ -485,7 +485,8 @@ static void backward_v6(const Attention &a) {
 // llmc: llmc/attention.cuh. What it has beyond v6:
 //
 // - A warp owns 32 rows: what ldmatrix brings serves two mma. For the keys that is dk and dv of 32
-//   rows, more than a warp's registers hold: one warp sums dv, another dk, and p passes between them.
+//   rows, more than a warp's registers hold: one warp sums dv, another dk, and p passes from one to
+//   the other.
 // - delta is made on the way, by the pass over queries, which has do in shared memory.
 // - Swizzled rows, tiles stepped over, masks only where they are needed, long walks first: as in
 //   forward.

@@ -20,8 +20,8 @@ constexpr double LSE_TOLERANCE = 1e-4;  // exponentials are the fast unit's
 // of tiles.
 enum { DOCS_EDGES = DOCS_KINDS };
 
-// B rows of T tokens, H heads of D: packed as the trainer packs them, or with 8 unused numbers behind
-// each row. A test may put other numbers into qkv.
+// B rows of T tokens, H heads of D: packed as the trainer packs them, or with 8 unused numbers
+// behind each row. A test may put other numbers into qkv.
 typedef struct {
     int B, T, H, D, W, n, C, ld, ldo;
     int *in_row, *doc_start;     // (n): on the host, positions in the row; on the device, absolute
@@ -167,8 +167,8 @@ TEST(many_rows) {
             }
 }
 
-// Scores of up to some hundreds, which rise and fall along the row. Of BF16 inputs: their products are
-// exact; of FP32 ones the rounding of such scores is more than what is allowed.
+// Scores of up to some hundreds, which rise and fall along the row. Of BF16 inputs: their products
+// are exact; of FP32 ones the rounding of such scores is more than what is allowed.
 TEST(large_scores) {
     for (int D : head_sizes) {
         Problem p = problem(1, grid_small ? 130 : 1000, 1, D, 1000, DOCS_ONE, false);
