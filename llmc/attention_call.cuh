@@ -1,7 +1,7 @@
 // attention_call.cuh: causal attention with windows and documents: what it computes, the arguments
 // of a call, and the two functions the trainer calls. The kernels are those of the file that
-// includes this one: attention.cuh (BF16, on tensor cores), attention_sm90.cuh (the same for Hopper)
-// or attention_fp32.cuh (plain). It names them: ATTENTION_NAME.
+// includes this one: attention.cuh (BF16, on tensor cores), attention_sm90.cuh (the same for
+// Hopper) or attention_fp32.cuh (plain). It names them: ATTENTION_NAME.
 //
 //     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
 //     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)              j: the keys i sees

@@ -1,6 +1,6 @@
-// attention_sm90.cuh: attention_call.cuh's attention for Hopper, BF16: copies by the TMA, products by
-// wgmma. For builds for sm_90a alone; attention.cuh is the portable one, whose opening comment tells
-// flash attention. D is 64 or 128, ld and ldo are multiples of 8.
+// attention_sm90.cuh: attention_call.cuh's attention for Hopper, BF16: copies by the TMA, products
+// by wgmma. For builds for sm_90a alone; attention.cuh is the portable one, whose opening comment
+// tells flash attention. D is 64 or 128, ld and ldo are multiples of 8.
 //
 // WHO DOES WHAT. A block is three warpgroups. One copies: a thread of it (a warp, where there is
 // more to find) starts the TMA's copies, as far ahead as shared memory has room. Two compute, each
@@ -21,16 +21,18 @@
 // blocks, through memory and in turn to keep their order, and ds must go through shared memory.
 // No atomics in any sum, the same bits each time.
 //
-// BLOCKS STAY, one on each SM, and take one piece of work after the other (a tile of rows of a head;
-// long ones of a row first): while one ends, the copies for the next are under way. Which block
-// takes what differs from run to run, what comes out does not. The counter they take from turns
-// back to 0 at the end of a launch: ONE CALL AT A TIME, whatever the stream (the trainer has one).
+// BLOCKS STAY, one on each SM, and take one piece of work after the other (a tile of rows of a
+// head; long ones of a row first): while one ends, the copies for the next are under way. Which
+// block takes what differs from run to run, what comes out does not. The counter they take from
+// turns back to 0 at the end of a launch: ONE CALL AT A TIME, whatever the stream (the trainer has
+// one).
 //
 // REGISTERS. 168 a thread for the compiler, 240 once the copying warpgroup has given; no kernel
 // spills, and dev/test/test_sass.c sees to it.
 //
 // The compiler moves wgmma_wait() up to the last branch before it, over arithmetic that should run
-// beside the product. So in each loop a branch that is needed anyway stands behind the exponentials.
+// beside the product. So in each loop a branch that is needed anyway stands behind the
+// exponentials.
 #ifndef LLMC_ATTENTION_SM90_CUH
 #define LLMC_ATTENTION_SM90_CUH
 
@@ -55,6 +57,7 @@ constexpr int QUERIES = 64, QUERY_STAGES = 3;
 // What the TMA copies from, beside a call's arguments: matrices of n rows of H D.
 typedef struct {
     CUtensorMap q, k, v, dout;
+    CUtensorMap o;  // backward's: only to bring it near
 } Maps;
 
 // A piece of work: rows row .. row + 127 of a head, and the tiles t0 .. t1 that they visit; the
@@ -86,6 +89,8 @@ template <int D, int HELD> struct QueryShared {
 };
 
 // One thread copies: for each piece of work the queries, then tiles of k and v from last to first.
+// There is no room for the next work's queries while this one's are in use. So they come as far as
+// L2, and so does o, which dq_consumer reads by itself: products cannot begin until all are there.
 template <int D, int HELD>
 __device__ __forceinline__ void query_producer(QueryShared<D, HELD> &shared, const Attention &a,
                                                const Maps &maps, unsigned *taken) {
@@ -94,9 +99,13 @@ __device__ __forceinline__ void query_producer(QueryShared<D, HELD> &shared, con
     for (unsigned parity = 0;; parity ^= 1) {
         int item = take(taken, items), row = (tiles - 1 - item / a.H) * BLOCK_ROWS;
         Work work = {item % a.H, row, 0, NO_WORK, NO_WORK};
+        int column = work.head * D;
         if (item < items) {
             work.t0 = first_key(a, row) / KEYS;
             work.t1 = (min(row + BLOCK_ROWS, a.n) - 1) / KEYS;
+            tile_prefetch<D, BLOCK_ROWS>(maps.q, row, column);
+            if (HELD == 2) tile_prefetch<D, BLOCK_ROWS>(maps.dout, row, column);
+            if (HELD == 2) tile_prefetch<D, BLOCK_ROWS>(maps.o, row, column);
         }
         mbarrier_wait(&shared.held_empty, parity ^ 1);
         shared.work = work;
@@ -104,7 +113,6 @@ __device__ __forceinline__ void query_producer(QueryShared<D, HELD> &shared, con
             mbarrier_arrive(&shared.held_full);
             return;
         }
-        int column = work.head * D;
         mbarrier_expect(&shared.held_full, sizeof shared.held);
         for (int h = 0; h < HELD; h++)
             tile_load(shared.held[h], h ? maps.dout : maps.q, row, column, &shared.held_full);
@@ -642,6 +650,7 @@ static inline Maps maps_of(const Attention &a) {
     maps.q = tile_map(a.q, a.n, a.H * a.D, a.ld), maps.k = tile_map(a.k, a.n, a.H * a.D, a.ld);
     maps.v = tile_map(a.v, a.n, a.H * a.D, a.ld);
     if (a.dout) maps.dout = tile_map(a.dout, a.n, a.H * a.D, a.ldo);
+    if (a.dout) maps.o = tile_map(a.o, a.n, a.H * a.D, a.ldo);
     return maps;
 }
 

@@ -21,7 +21,8 @@
 // small, the row itself keeps it. The target's own gradient, in which much may cancel, is computed
 // apart. In FP32 throughout; kept numbers are rounded to floatX.
 //
-// Moved: 2 Vp of floatX a row. V 50257 in BF16 takes 100 KB of shared memory: two blocks an SM.
+// Moved: 2 Vp of floatX a row. In BF16, V 32768 takes 64 KB of shared memory: three blocks an SM;
+// V 50257 takes 100 KB: two.
 #ifndef LLMC_CLASSIFIER_CUH
 #define LLMC_CLASSIFIER_CUH
 
@@ -33,7 +34,8 @@
 #include "llmc/vec.cuh"   // VEC, vec_load, vec_store
 
 constexpr int CLASSIFIER_THREADS = 512, CLASSIFIER_STEP = CLASSIFIER_THREADS * VEC;
-constexpr int CLASSIFIER_AHEAD = 4;  // pieces on their way to a thread
+constexpr int CLASSIFIER_AHEAD = 2;                             // pieces on their way to a thread
+constexpr int CLASSIFIER_BLOCKS = sizeof(floatX) == 2 ? 3 : 2;  // of an SM, if they find room
 constexpr int LOSS_THREADS = 1024;
 constexpr float LOGIT_CAP = 15;
 
@@ -64,7 +66,7 @@ __device__ __forceinline__ void classify(float *x, float *sum) {
 
 // SHARED: the row fits shared memory.
 template <bool SHARED>
-static __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
+static __global__ void __launch_bounds__(CLASSIFIER_THREADS, CLASSIFIER_BLOCKS)
     classifier_kernel(floatX *logits, float *losses, const int *targets, float grad_scale, int V,
                       int Vp) {
     extern __shared__ uint4 shared_row[];
@@ -133,10 +135,12 @@ static inline void classifier(floatX *logits,      // (rows, Vp), a in, da out
     assert(V <= Vp && Vp - V / VEC * VEC <= CLASSIFIER_THREADS && Vp % VEC == 0);
     int most = 0, bytes = Vp * (int)sizeof(floatX);
     CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    bool fits = bytes <= most - 1024;  // the sums take some, too
-    auto kernel = fits ? classifier_kernel<true> : classifier_kernel<false>;
-    int shared = fits && grad_scale > 0 ? bytes : 0;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    most -= 1024;  // the sums take some, too
+    // The most there can be, in every call: no call takes away what a captured one needs.
+    CUDA_CHECK(cudaFuncSetAttribute(classifier_kernel<true>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    auto kernel = bytes <= most ? classifier_kernel<true> : classifier_kernel<false>;
+    int shared = bytes <= most && grad_scale > 0 ? bytes : 0;
     kernel<<<rows, CLASSIFIER_THREADS, (size_t)shared, stream>>>(logits, losses, targets,
                                                                  grad_scale, V, Vp);
     CUDA_LAUNCHED();

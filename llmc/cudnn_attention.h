@@ -3,7 +3,7 @@
 //
 //   - the n tokens are n/T rows of T, T a multiple of 128, and each row is one document: a mask
 //     within rows is not built (cudnn_attention_check says so to the user). For samples and the
-//     last rows of a validation, which no plan is made for, attention.cuh is still needed.
+//     last rows of a validation, which no plan is made for, our own attention is still needed.
 //   - lse, which only backward reads, is (n/T, H, T), not (H, n).
 //   - work memory comes from the caller; cudnn_attention_bytes tells how much.
 //

@@ -2,11 +2,11 @@
 // count bytes, copies of whole tiles by the TMA, products by a warpgroup. They exist in code for
 // sm_90a only: a kernel asks PTX_SM90 before it uses them.
 //
-// TILES. A copy moves a box of some rows of 64 BF16 numbers between a matrix in global memory, which
-// a CUtensorMap describes, and shared memory. There a row takes 128 bytes, and its chunk c of 16
-// bytes lies at place c ^ (row % 8) (the "128-byte swizzle"): a column of chunks lies in all banks.
-// So every block of boxes begins at a multiple of 1024 bytes. What lies outside the matrix is read
-// as zeros, and not written.
+// TILES. A copy moves a box of some rows of 64 BF16 numbers between a matrix in global memory,
+// which a CUtensorMap describes, and shared memory. There a row takes 128 bytes, and its chunk c of
+// 16 bytes lies at place c ^ (row % 8) (the "128-byte swizzle"): a column of chunks lies in all
+// banks. So every block of boxes begins at a multiple of 1024 bytes. What lies outside the matrix
+// is read as zeros, and not written.
 //
 // PRODUCTS. A warpgroup, 128 threads, multiplies D = A B + D with A (64, 16), B (16, N), D (64, N).
 // Warp w of the four holds rows 16 w .. of D, and lane 4 g + t of them
@@ -96,6 +96,13 @@ __device__ __forceinline__ void tma_load(void *to, const CUtensorMap *map, int r
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Brings the box that begins at (row, column) to L2, some time: nothing waits for it.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int row, int column) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
+                 "r"(column), "r"(row)
                  : "memory");
 }
 

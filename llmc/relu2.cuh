@@ -2,10 +2,11 @@
 //
 //     y = relu(x)^2,    dx = 2 relu(x) dy = 2 sqrt(y) dy
 //
-// where relu(x) is x unless x <= 0: NaN stays NaN. Both in place, on arrays of `count` elements, count % 8 == 0. Only y is kept for backward, which
-// needs it anyway, for the gradient of the matrix that y goes into. The root of y as BF16 holds it
-// is off by 2^-10 at most; relu(x) as BF16 would hold it, by 2^-9. Moved per element, of floatX:
-// forward 2, backward 3. (llmc/gemm_sm90.cuh does both on the way out of the products.)
+// where relu(x) is x unless x <= 0: NaN stays NaN. Both in place, on arrays of `count` elements,
+// count % 8 == 0. Only y is kept for backward, which needs it anyway, for the gradient of the
+// matrix that y goes into. The root of y as BF16 holds it is off by 2^-10 at most; relu(x) as BF16
+// would hold it, by 2^-9. Moved per element, of floatX: forward 2, backward 3. (llmc/gemm_sm90.cuh
+// does both on the way out of the products.)
 #ifndef LLMC_RELU2_CUH
 #define LLMC_RELU2_CUH
 

@@ -3,8 +3,8 @@
 // product, or -> rows in global memory.
 //
 //     Tile<D, ROWS>   ROWS rows of D (a multiple of 64): columns 0 .. 63 of all rows, then columns
-//                     64 .. 127, ..; each 64 x 64 box is a copy of its own, swizzled (ptx_sm90.cuh).
-//                     Begins at a multiple of 1024 bytes.
+//                     64 .. 127, ..; each 64 x 64 box is a copy of its own, swizzled
+//                     (ptx_sm90.cuh). Begins at a multiple of 1024 bytes.
 //     product         float x[N / 2] of each thread of a warpgroup: (64, N), laid out as in
 //                     ptx_sm90.cuh: x[4 c + 2 half + e] of lane 4 g + t of warp w (0 .. 3) is
 //                     row 16 w + 8 half + g, column 8 c + 2 t + e
@@ -17,7 +17,7 @@
 #ifndef LLMC_TILE_SM90_CUH
 #define LLMC_TILE_SM90_CUH
 
-#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_load, wgmma*
+#include "llmc/ptx_sm90.cuh"  // mbarrier_*, tma_*, wgmma*
 #include "llmc/vec.cuh"       // pack
 
 constexpr int WARPGROUP = 128;
@@ -63,6 +63,15 @@ __device__ __forceinline__ void tile_load(Tile<D, ROWS> &tile, const CUtensorMap
 #pragma unroll
         for (int r = 0; r < ROWS; r += BOX)
             tma_load(tile.x[c][r], &map, row + r, column + c * BOX, full);
+}
+
+// Brings the same rows and columns to L2. One thread calls it.
+template <int D, int ROWS>
+__device__ __forceinline__ void tile_prefetch(const CUtensorMap &map, int row, int column) {
+#pragma unroll
+    for (int c = 0; c < D; c += BOX)
+#pragma unroll
+        for (int r = 0; r < ROWS; r += BOX) tma_prefetch(&map, row + r, column + c);
 }
 
 // Starts x = a b^T of 64 rows of a, from `row` on, and the N rows of b.

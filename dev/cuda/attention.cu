@@ -20,13 +20,13 @@
 // each clock; that a warp waits costs nothing as long as others have something to do. From far to
 // near:
 //
-//     memory           4.8 TB/s     in sectors of 32 bytes: a warp whose lanes read 4 bytes each, side
-//     L2, 50 MB        ~ 5.5 TB/s   by side, takes 4 sectors; one whose lanes read far apart takes 32
-//     L1, shared       ~ 30 TB/s    of each SM, 128 bytes a clock; shared memory is the part that the
-//                                   program fills itself: 32 banks of 4 bytes, side by side
-//     registers                     of a thread; the lanes of a warp swap theirs by __shfl_sync
-//     FP32 units       67 TFLOP/s   a multiply-add of a warp is 64 FLOPs
-//     tensor cores    989 TFLOP/s   one of small BF16 matrices, by a warp together, 4096
+//     memory         4.8 TB/s      in sectors of 32 bytes: a warp whose lanes read 4 bytes each,
+//     L2, 50 MB      ~ 5.5 TB/s    side by side, takes 4; one whose lanes read far apart takes 32
+//     L1, shared     ~ 30 TB/s     of each SM, 128 bytes a clock; shared memory is the part that
+//                                  the program fills itself: 32 banks of 4 bytes, side by side
+//     registers                    of a thread; the lanes of a warp swap theirs by __shfl_sync
+//     FP32 units     67 TFLOP/s    a multiply-add of a warp is 64 FLOPs
+//     tensor cores   989 TFLOP/s   one of small BF16 matrices, by a warp together, 4096
 //
 // __syncthreads() is where all threads of a block meet, __syncwarp() those of a warp: what others
 // wrote ahead of it can be read behind it.
@@ -41,11 +41,11 @@
 //     v4    tiles in shared memory, read by all              -         -        -          -
 //     v5    tensor cores                                     -         -        -          -
 //     v6    copies run beside products                       -         -        -          -
-//     v7    llmc/attention.cuh: 32 rows a warp             614       336      74%          -
-//     v8    llmc/attention_sm90.cuh: TMA, wgmma              -         -        -          -
+//     llmc  llmc/attention.cuh: 32 rows a warp             614       336      74%          -
+//     sm90  llmc/attention_sm90.cuh: TMA, wgmma            353       584     128%          -
 //
 // To read on the way: llmc/attention_call.cuh first; ahead of v5 the opening comment of
-// llmc/ptx.cuh; as v7 llmc/attention.cuh; as v8 llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
+// llmc/ptx.cuh; behind v6 llmc/attention.cuh; last llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
 // llmc/attention_sm90.cuh.
 #include "dev/cuda/ladder.cuh"      // Rung, ladder_check, ladder_time
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key
@@ -268,6 +268,65 @@ __device__ __forceinline__ void load_tile_fp32(LongRow *tile, const bf16 *x, int
 
 __device__ __forceinline__ float4 four(const float *x) { return *(const float4 *)x; }
 
+// s = a b^T: the thread's 4 rows of a, and its 4 of b.
+__device__ __forceinline__ void multiply_4x4(float (&s)[4][4], const LongRow *a, const LongRow *b) {
+    int ty = (int)threadIdx.x / 16, tx = (int)threadIdx.x % 16;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) s[r][c] = 0;
+#pragma unroll 2
+    for (int d = 0; d < D; d += 4) {
+        float4 y[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) y[c] = four(b[tx + 16 * c] + d);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float4 x = four(a[4 * ty + r] + d);
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                s[r][c] += x.x * y[c].x + x.y * y[c].y + x.z * y[c].z + x.w * y[c].w;
+        }
+    }
+}
+
+// out += p x: the thread's 4 rows of p (64, 64), which passes through shared memory, and its 8
+// columns of x.
+__device__ __forceinline__ void add_4x8(float (&out)[4][8], const float (&mine)[4][4], LongRow *p,
+                                        const LongRow *x) {
+    int ty = (int)threadIdx.x / 16, tx = (int)threadIdx.x % 16;
+    __syncwarp();  // a row of p is the matter of one warp: that is done with what was there
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < 4; c++) p[4 * ty + r][tx + 16 * c] = mine[r][c];
+    __syncwarp();
+#pragma unroll 4
+    for (int j = 0; j < TILE; j++) {
+        float4 left = four(x[j] + 4 * tx), right = four(x[j] + 64 + 4 * tx);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float f = p[4 * ty + r][j];
+            out[r][0] += f * left.x, out[r][1] += f * left.y;
+            out[r][2] += f * left.z, out[r][3] += f * left.w;
+            out[r][4] += f * right.x, out[r][5] += f * right.y;
+            out[r][6] += f * right.z, out[r][7] += f * right.w;
+        }
+    }
+}
+
+// Writes out, times factor, to rows first + 4 ty .. of y.
+__device__ __forceinline__ void store_4x8(bf16 *y, const float (&out)[4][8],
+                                          const float (&factor)[4], int first, int n, int ld) {
+    int ty = (int)threadIdx.x / 16, tx = (int)threadIdx.x % 16;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            if (first + 4 * ty + r < n)
+                row_of(y, first + 4 * ty + r, ld)[e / 4 * 64 + 4 * tx + e % 4] =
+                    from_float<bf16>(factor[r] * out[r][e]);
+}
+
 static __global__ void __launch_bounds__(V4_THREADS, 2) forward_v4_kernel(Attention a) {
     extern __shared__ __align__(16) unsigned char memory[];
     LongRow *q = (LongRow *)memory, *k = q + TILE, *v = k + TILE, *p = k;  // p takes k's place
@@ -285,21 +344,8 @@ static __global__ void __launch_bounds__(V4_THREADS, 2) forward_v4_kernel(Attent
         load_tile_fp32(v, a.v, k0, a.n, a.ld);
         __syncthreads();  // the tile is there
 
-        float s[4][4] = {};
-#pragma unroll 2
-        for (int d = 0; d < D; d += 4) {
-            float4 y[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++) y[c] = four(k[tx + 16 * c] + d);
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float4 x = four(q[4 * ty + r] + d);
-#pragma unroll
-                for (int c = 0; c < 4; c++)
-                    s[r][c] += x.x * y[c].x + x.y * y[c].y + x.z * y[c].z + x.w * y[c].w;
-            }
-        }
-
+        float s[4][4];
+        multiply_4x4(s, q, k);
         // v3's step, for 64 keys together. The 16 threads of a query are lanes of one warp.
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -319,35 +365,17 @@ static __global__ void __launch_bounds__(V4_THREADS, 2) forward_v4_kernel(Attent
             for (int c = 0; c < 4; c++) s[r][c] = __expf(s[r][c] - top), sum[r] += s[r][c];
         }
         __syncthreads();  // all are done with k
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-            for (int c = 0; c < 4; c++) p[4 * ty + r][tx + 16 * c] = s[r][c];
-        __syncwarp();  // a row of p comes from the warp that reads it
-
-#pragma unroll 4
-        for (int j = 0; j < TILE; j++) {
-            float4 left = four(v[j] + 4 * tx), right = four(v[j] + 64 + 4 * tx);
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float x = p[4 * ty + r][j];
-                out[r][0] += x * left.x, out[r][1] += x * left.y;
-                out[r][2] += x * left.z, out[r][3] += x * left.w;
-                out[r][4] += x * right.x, out[r][5] += x * right.y;
-                out[r][6] += x * right.z, out[r][7] += x * right.w;
-            }
-        }
+        add_4x8(out, s, p, v);
     }
+    float factor[4];
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         int i = q0 + 4 * ty + r;
         for (int d = 8; d > 0; d /= 2) sum[r] += __shfl_xor_sync(FULL_WARP, sum[r], d);
-        if (i >= a.n) continue;
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-            row_of(a.o, i, a.ldo)[e / 4 * 64 + 4 * tx + e % 4] =
-                from_float<bf16>(out[r][e] / sum[r]);
-        if (tx == 0) a.lse[i] = largest[r] + logf(sum[r]);
+        if (tx == 0 && i < a.n) a.lse[i] = largest[r] + logf(sum[r]);
+        factor[r] = 1 / sum[r];
     }
+    store_4x8(a.o, out, factor, q0, a.n, a.ldo);
 }
 
 // A block for each 64 rows of each head.
@@ -541,7 +569,6 @@ static void forward_v5(const Attention &a, float *) {
 //     copies      k of t   | v of t              | k of t - 1        | v of t - 1
 //     products             | s = q k^T, softmax  | out += p v        | s = q k^T, ..
 //                          ^ barrier             ^ barrier           ^ barrier
-//
 
 template <int ROWS>
 __device__ __forceinline__ void copy_tile(Row *tile, const bf16 *x, int first, int n, int ld) {
@@ -585,7 +612,7 @@ static void forward_v6(const Attention &a, float *) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Forward v7: llmc/attention.cuh. What it has beyond v6:
+// Forward llmc: llmc/attention.cuh. What it has beyond v6:
 //
 // - A warp owns 32 rows: what ldmatrix brings of k and v serves two mma, not one. In v6 shared
 //   memory has more to do than the tensor cores.
@@ -595,7 +622,7 @@ static void forward_v6(const Attention &a, float *) {
 // - out is rescaled only when the largest score has grown 2^8-fold.
 // - The blocks with the most keys start first, so that none is left alone at the end.
 //
-// Forward v8: llmc/attention_sm90.cuh. What it has beyond v7, all of which came with Hopper:
+// Forward sm90: llmc/attention_sm90.cuh. What it has beyond that, all of which came with Hopper:
 //
 // - The TMA: one thread sends for a whole tile; a barrier in shared memory counts its bytes.
 // - wgmma: four warps together multiply (64, 16) by (16, 128), right from shared memory, and go on
@@ -603,9 +630,9 @@ static void forward_v6(const Attention &a, float *) {
 // - Roles: one warpgroup only copies, two only compute, and most registers go to these.
 // - Blocks stay, and take one piece of work after the other.
 
-static void forward_v7(const Attention &a, float *) { portable::attention_run_forward(a, 0); }
+static void forward_llmc(const Attention &a, float *) { portable::attention_run_forward(a, 0); }
 #ifdef HOPPER
-static void forward_v8(const Attention &a, float *) { hopper::attention_run_forward(a, 0); }
+static void forward_sm90(const Attention &a, float *) { hopper::attention_run_forward(a, 0); }
 #endif
 
 // scores: (H, n, W + 1), scratch of the first two rungs.
@@ -618,9 +645,9 @@ static const Rung<Forward> FORWARD[] = {
     {"v4", "tiles in shared memory, read by all", forward_v4},
     {"v5", "tensor cores", forward_v5},
     {"v6", "copies run beside products", forward_v6},
-    {"v7", "llmc/attention.cuh: 32 rows a warp", forward_v7},
+    {"llmc", "llmc/attention.cuh: 32 rows a warp", forward_llmc},
 #ifdef HOPPER
-    {"v8", "llmc/attention_sm90.cuh: TMA, wgmma", forward_v8},
+    {"sm90", "llmc/attention_sm90.cuh: TMA, wgmma", forward_sm90},
 #endif
 };
 

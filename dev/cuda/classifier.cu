@@ -204,7 +204,8 @@ static void classifier_v4(floatX *logits, float *losses, const int *targets, flo
 // rounded to BF16, in the SM's shared memory: 100 KB a row, two rows an SM. The second pass reads
 // it there, multiplies and stores: half of the special units' work is gone, and the second reading
 // of the row. The target's own gradient is made by one thread, once, instead of a comparison for
-// every logit. (It can also make losses without gradients, which the rungs above cannot.)
+// every logit. (2 loads on their way instead of 4 take few enough registers for three rows an SM,
+// where V is 32768. And it can make losses without gradients, which the rungs above cannot.)
 
 // ---------------------------------------------------------------------------------------------
 

@@ -138,6 +138,7 @@ static inline size_t __cvta_generic_to_global(const void *p) { return (size_t)p;
 [[noreturn]] static inline void __trap(void) { emulate::stop("__trap"); }
 #define __expf expf
 static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+static inline float cospif(float x) { return cosf((float)M_PI * x); }
 template <class A, class B> static inline auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> static inline auto max(A a, B b) { return a > b ? a : b; }
 static inline float __fdividef(float x, float y) { return x / y; }

@@ -206,6 +206,9 @@ static inline void tma_load(void *to, const CUtensorMap *map, int row, int colum
         mbarrier_bytes(barrier, 2 * m.box_rows * m.box_columns);
     });
 }
+static inline void tma_prefetch(const CUtensorMap *map, int, int) {
+    if (!tensor_map(map).data) emulate::stop("TMA: a prefetch by a map that was not made");
+}
 static inline void tma_store(const CUtensorMap *map, int row, int column, const void *from) {
     TensorMap m = tensor_map(map);
     emulate::later(emulate::STORE, [=] { tma_box(m, row, column, (unsigned char *)from, false); });

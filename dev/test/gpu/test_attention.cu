@@ -1,6 +1,6 @@
 // test_attention.cu: attention of each build (llmc/attention.cuh, llmc/attention_sm90.cuh,
 // llmc/attention_fp32.cuh) against the CPU's; `test_attention bench` times it instead.
-#include "dev/test/gpu/test_gpu.cuh"
+#include "dev/test/gpu/test_qkv.cuh"  // columns, compare_gradient
 
 #ifdef PRECISION_FP32
 #include "llmc/attention_fp32.cuh"  // attention_forward, attention_backward
@@ -20,8 +20,8 @@ constexpr double LSE_TOLERANCE = 1e-4;  // exponentials are the fast unit's
 // of tiles.
 enum { DOCS_EDGES = DOCS_KINDS };
 
-// B rows of T tokens, H heads of D: packed as the trainer packs them, or with 8 unused numbers behind
-// each row. A test may put other numbers into qkv.
+// B rows of T tokens, H heads of D: packed as the trainer packs them, or with 8 unused numbers
+// behind each row. A test may put other numbers into qkv.
 typedef struct {
     int B, T, H, D, W, n, C, ld, ldo;
     int *in_row, *doc_start;     // (n): on the host, positions in the row; on the device, absolute
@@ -70,15 +70,6 @@ static void backward(const Problem *p) {
 // ---------------------------------------------------------------------------------------------
 // Against the CPU.
 
-// Columns from .. from + count - 1 of rows that are ld apart.
-static float *columns(const float *x, int n, int ld, int from, int count) {
-    size_t width = (size_t)count;
-    float *y = gpu_expected((size_t)n * width);
-    for (size_t t = 0; t < (size_t)n; t++)
-        memcpy(y + t * width, x + t * (size_t)ld + from, width * sizeof *y);
-    return y;
-}
-
 // What lies behind each row, from column `from` on, is still poison.
 static void check_gap(const GpuArray<floatX> &x, int n, int ld, int from, const char *shape) {
     for (int t = 0; t < n; t++)
@@ -86,26 +77,6 @@ static void check_gap(const GpuArray<floatX> &x, int n, int ld, int from, const 
             if (!isnan(x.host[(size_t)t * (size_t)ld + (size_t)c]))
                 return test_check(false, __FILE__, __LINE__, "%s of %s: written behind row %d",
                                   x.name, shape, t);
-}
-
-// dq, dk or dv (part 0, 1, 2): compared one by one, lest one hides behind another. Where every
-// query sees one key only, dq and dk are 0: what rounding leaves there is held against 1, the size
-// of the inputs.
-static void compare_gradient(const Problem *p, const float *dqkv /* (n, 3C) */, int part,
-                             const char *shape) {
-    static const char *const names[] = {"dq", "dk", "dv"};
-    size_t count = (size_t)p->n * (size_t)p->C;
-    float *expected = columns(dqkv, p->n, 3 * p->C, part * p->C, p->C), *ones = gpu_expected(count);
-    GpuArray<floatX> found =
-        gpu_copy<floatX>(names[part], columns(p->dqkv.host, p->n, p->ld, part * p->C, p->C), count);
-    bool zero = true;
-    for (size_t i = 0; i < count; i++) ones[i] = 1, zero = zero && expected[i] == 0;
-    if (zero) {
-        found.tolerance = 1e-4;
-        gpu_compare_sums(found, expected, ones, (int)count, shape);
-    } else {
-        gpu_compare(found, expected, p->n, p->C, "%s", shape);
-    }
 }
 
 // Forward: o and lse. Returns the CPU's lse (n, H) and the GPU's o (n, C), for backward.
@@ -142,7 +113,8 @@ static void check_problem(Problem *p, const char *docs) {
                             p->T, p->H, p->D);
     gpu_read(p->dqkv);
     check_gap(p->dqkv, p->n, p->ld, 3 * p->C, shape);
-    for (int part = 0; part < 3; part++) compare_gradient(p, dqkv, part, shape);
+    for (int part = 0; part < 3; part++)
+        compare_gradient(p->dqkv.host, dqkv, part, p->n, p->C, p->ld, shape);
     gpu_end_case();
 }
 
@@ -195,8 +167,8 @@ TEST(many_rows) {
             }
 }
 
-// Scores of up to some hundreds, which rise and fall along the row. Of BF16 inputs: their products are
-// exact; of FP32 ones the rounding of such scores is more than what is allowed.
+// Scores of up to some hundreds, which rise and fall along the row. Of BF16 inputs: their products
+// are exact; of FP32 ones the rounding of such scores is more than what is allowed.
 TEST(large_scores) {
     for (int D : head_sizes) {
         Problem p = problem(1, grid_small ? 130 : 1000, 1, D, 1000, DOCS_ONE, false);
@@ -213,10 +185,13 @@ TEST(large_scores) {
     }
 }
 
-// The same call twice, over other rubbish: the same bits.
+// The same call again, over other rubbish: the same bits. On Hopper a block takes one piece of work
+// after the other, 128 rows of a head each: 600 of them for its 132 processors, so that which block
+// takes what differs.
 TEST(same_bits_again) {
+    const int H = sizeof(floatX) == sizeof(bf16) && !grid_small ? 50 : 2;
     for (int D : head_sizes) {
-        Problem p = problem(grid_small ? 1 : 3, grid_small ? 65 : 500, 2, D, 130, DOCS_MIX, false);
+        Problem p = problem(grid_small ? 1 : 3, grid_small ? 65 : 500, H, D, 130, DOCS_MIX, false);
         size_t o_bytes = p.o.count * sizeof(float), dqkv_bytes = p.dqkv.count * sizeof(float);
         float *o = gpu_expected(p.o.count), *dqkv = gpu_expected(p.dqkv.count);
         for (int i = 0; i < (grid_small ? 2 : 5); i++) {
@@ -229,6 +204,39 @@ TEST(same_bits_again) {
             CHECK(!memcmp(o, p.o.host, o_bytes));
             CHECK(!memcmp(dqkv, p.dqkv.host, dqkv_bytes));
         }
+        gpu_end_case();
+    }
+}
+
+// A NaN in a row of k: o and lse are NaN where a query sees that key, and nowhere else. Backward
+// gives NaN to all that these queries reach; and, as tiles hold 0 times NaN, to no more than what
+// lies in a tile of at most 128 rows with it. The other head, and rows beyond, stay clean.
+TEST(nan_stays_near) {
+    const int T = 280, W = 20, key = 100, beyond = 256;  // from 256 on no query sees a key before
+    for (int D : head_sizes) {
+        Problem p = problem(1, T, 2, D, W, DOCS_EDGES, false);
+        float *qkv = gpu_expected(p.qkv.count);
+        memcpy(qkv, p.qkv.host, p.qkv.count * sizeof *qkv);
+        qkv[key * p.ld + p.C + D - 1] = NAN;
+        p.qkv = gpu_copy<floatX>("qkv", qkv, p.qkv.count);
+        forward(&p), backward(&p);
+        gpu_read(p.o), gpu_read(p.lse), gpu_read(p.dqkv);
+        int wrong = 0, missing = 0, spread = 0;
+        for (int i = 0; i < T; i++)
+            for (int c = 0; c < p.C; c++) {
+                bool in_head = c < D, sees = i >= key && i <= key + W && p.in_row[i] <= key;
+                const float *d = p.dqkv.host + i * p.ld + c;
+                wrong += isnan(p.o.host[i * p.ldo + c]) != (in_head && sees);
+                wrong += isnan(p.lse.host[c / D * T + i]) != (in_head && sees);
+                if (in_head && sees) missing += !isnan(d[0]);
+                if (in_head && i == key) missing += !isnan(d[p.C]) + !isnan(d[2 * p.C]);
+                if (!in_head || i >= beyond)
+                    spread += isnan(d[0]) || isnan(d[p.C]) || isnan(d[2 * p.C]);
+            }
+        test_check(!wrong && !missing && !spread, __FILE__, __LINE__,
+                   "D %d: found %d of o and lse wrong, %d gradients without a NaN that they must "
+                   "have, %d with one from far away",
+                   D, wrong, missing, spread);
         gpu_end_case();
     }
 }
@@ -321,5 +329,6 @@ int main(int argc, char **argv) {
     if (!grid_small) RUN(many_rows);
     if (sizeof(floatX) == sizeof(bf16)) RUN(large_scores);
     RUN(same_bits_again);
+    RUN(nan_stays_near);
     return test_end();
 }

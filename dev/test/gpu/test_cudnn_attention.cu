@@ -1,5 +1,6 @@
 // test_cudnn_attention.cu: cuDNN's attention (llmc/cudnn_attention.h) against our own
-// (llmc/attention.cuh, llmc/attention_sm90.cuh); with the argument `bench`, the speed of both. Built with USE_CUDNN=1 only.
+// (llmc/attention.cuh, llmc/attention_sm90.cuh); with the argument `bench`, the speed of both.
+// Built with USE_CUDNN=1 only.
 #include "dev/test/gpu/test_gpu.cuh"
 #ifdef HOPPER
 #include "llmc/attention_sm90.cuh"  // attention_forward, attention_backward
