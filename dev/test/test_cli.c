@@ -55,7 +55,7 @@ TEST(values_that_can_not_be_are_refused) {
     refuse_flags("--lr-matrix nan", "--lr-matrix: found 'nan', expected a number");
     refuse_flags("--lr-matrix -1", "--lr-matrix: found '-1'");
     refuse_flags("--doc-mask 2", "--doc-mask: found '2'");
-    refuse_flags("--temperature", "--temperature: found nothing behind it");
+    refuse_flags("--temperature", "--temperature: its value is missing; expected a number");
     refuse_flags("--packing best", "--packing: found 'best', expected one of: bestfit stream");
     refuse_flags("--tails cut", "--tails: found 'cut', expected one of: keep drop");
     refuse_flags("--init zero", "--init: found 'zero', expected one of: default test");
