@@ -47,8 +47,8 @@ typedef struct {
 // By type: in --help, and in sentences.
 static const char *const args_type_name[] = {"0|1",    "integer", "integer",
                                              "number", "text",    "text..."};
-static const char *const args_type_words[] = {
-    "0 or 1", "a whole number", "a whole number", "a number", "text", "text"};
+static const char *const args_type_words[] = {"0 or 1",   "a whole number", "a whole number",
+                                              "a number", "text",           "text"};
 
 static inline Arg *args_find(Arg *table, int count, const char *name) {
     for (int i = 0; i < count; i++)
@@ -222,6 +222,26 @@ static inline char *args_word(char *word, char **end) {
     *end = in + 1;
     *out = 0;
     return word;
+}
+
+// True when a line of args_line gives the flag another value than it has now; *was is that value,
+// the default where the line does not name the flag. `line` is cut into words, so it is a copy.
+static inline bool args_changed(const Arg *arg, char *line, const char **was) {
+    char buffer[64], *end = line;
+    size_t n = strlen(arg->name);
+    const char *now = args_text(arg, buffer, sizeof buffer);
+    *was = arg->fallback;
+    while (*(end += strspn(end, " "))) {
+        const char *word = args_word(end, &end);
+        bool named = word && !strncmp(word, "--", 2) && !strncmp(word + 2, arg->name, n);
+        if (!word) break;
+        if (named && word[2 + n] == '=') *was = word + 3 + n;
+        if (!named || word[2 + n]) continue;
+        end += strspn(end, " ");
+        if ((word = args_word(end, &end))) *was = word;
+    }
+    if (arg->type == ARG_STRING) return strcmp(*was, now) != 0;
+    return strtod(*was, NULL) != strtod(now, NULL);
 }
 
 static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n);

@@ -363,8 +363,9 @@ static inline bool ckpt_find(const char *out, const char *which, char folder[IO_
         warn("skipping a damaged save: %s", io_error);
     if (i < count) memcpy(folder, entries[i].path, IO_PATH_MAX);
     if (count > 0 && i == count)
-        die(EXIT_CHECKPOINT, "%s/ckpt: found %d save%s, none of them whole; remove %s to start over",
-            out, count, count == 1 ? "" : "s", count == 1 ? "it" : "them");
+        die(EXIT_CHECKPOINT,
+            "%s/ckpt: found %d save%s, none of them whole; remove %s to start over", out, count,
+            count == 1 ? "" : "s", count == 1 ? "it" : "them");
     free(entries);
     return i < count;
 }

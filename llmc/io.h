@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -147,6 +148,17 @@ static inline int io_create(IoFile *f, const char *path) {
 // Opens a file to write at its end; creates it when it is not there.
 static inline int io_open_append(IoFile *f, const char *path) {
     return io_open_flags(f, path, O_WRONLY | O_CREAT | O_APPEND, "append to");
+}
+
+// Opens a file, made where there is none, and locks it until it is closed or the process ends.
+// Returns 1 when another process has the lock.
+static inline int io_lock(IoFile *f, const char *path) {
+    if (io_open_append(f, path)) return -1;
+    if (!IO_CALL(flock(f->fd, LOCK_EX | LOCK_NB))) return 0;
+    io_fail("lock", path);
+    close(f->fd);
+    f->fd = -1;
+    return io_errno == EWOULDBLOCK ? 1 : -1;
 }
 
 // Size in bytes, or -1.

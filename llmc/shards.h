@@ -93,10 +93,9 @@ static inline int shards_glob(const char *pattern, char ***paths, int *count) {
         (*paths)[(*count)++] = die_strdup(found.gl_pathv[i], "the name of a shard");
     globfree(&found);
     if (!failed) return 0;
-    return shards_fail(
-        "%s: found no such file, expected token shards: a file or a pattern such as "
-        "'data/train_*.bin', several separated by commas",
-        pattern);
+    return shards_fail("%s: found no such file, expected token shards: a file or a pattern such as "
+                       "'data/train_*.bin', several separated by commas",
+                       pattern);
 }
 
 // The files that patterns stand for, by name, each once. Commas separate them, with white space after

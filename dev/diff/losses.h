@@ -106,8 +106,9 @@ static inline void losses_print(LossVerdict *v, const char *what, int64_t step, 
 
 // Says how many steps of the reference, from `first` on, the other does not have.
 static inline void losses_print_missing(LossVerdict *v, int count, int64_t first) {
-    printf("  the other side has no loss of %d of the reference's steps, step %lld first  TOO FAR\n",
-           count, (long long)first);
+    printf(
+        "  the other side has no loss of %d of the reference's steps, step %lld first  TOO FAR\n",
+        count, (long long)first);
     v->count += count, v->failed += count, v->worst = INFINITY;
     snprintf(v->worst_name, sizeof v->worst_name, "step %lld", (long long)first);
 }

@@ -296,7 +296,8 @@ static inline void tensors_print_group(const TensorRows *rows, TensorGroup group
     }
     char part[32];
     if (left_out)
-        printf(most > 0 ? "    ... and %d more, each at most %s\n" : "    ... and %d more, all %s\n",
+        printf(most > 0 ? "    ... and %d more, each at most %s\n"
+                        : "    ... and %d more, all %s\n",
                left_out, tensor_part_text(part, most));
 }
 

@@ -266,9 +266,10 @@ static Values echoed(bool all) {
 }
 
 TEST(echo_reads_back) {
-    const char *names[] = {"plain", "two words",  "",        "#",           "a#b",
-                           "\"",    "say \"hi\"", "\"\"",    "tab\there",   "line\nbreak",
-                           "cr\r",  "@file",      "--depth", "-- \"x\"", "back\\slash", "\xc3\xa9"};
+    const char *names[] = {"plain",   "two words",  "",        "#",         "a#b",
+                           "\"",      "say \"hi\"", "\"\"",    "tab\there", "line\nbreak",
+                           "cr\r",    "@file",      "--depth", "-- \"x\"",  "back\\slash",
+                           "\xc3\xa9"};
     const char *numbers[] = {"0.1", "1e-10", "0.3333333333333333", "1e-300", "2", "0"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char line[300];

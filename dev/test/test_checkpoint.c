@@ -324,7 +324,8 @@ TEST(a_damaged_newest_save_gives_one_warning_and_the_one_before) {
     overhear(false);
     CHECK_INT(warnings(), 2);
     damage(1);
-    DIES(EXIT_CHECKPOINT, "/ckpt: found 3 saves, none of them whole; remove them to start over") newest();
+    DIES(EXIT_CHECKPOINT, "/ckpt: found 3 saves, none of them whole; remove them to start over")
+    newest();
 }
 
 TEST(an_explicit_save_that_is_damaged_ends_the_run) {
@@ -337,7 +338,8 @@ TEST(an_explicit_save_that_is_damaged_ends_the_run) {
     damage(1);
     DIES(EXIT_CHECKPOINT, "tensor resid_lambda is damaged") ckpt_find(out, path_of(1, ""), folder);
     DIES(EXIT_CHECKPOINT, "meta.json: No such file") ckpt_find(out, "/nonexistent", folder);
-    DIES(EXIT_CHECKPOINT, "this is a run's folder; give one of its saves (") ckpt_find("", out, folder);
+    DIES(EXIT_CHECKPOINT, "this is a run's folder; give one of its saves (")
+    ckpt_find("", out, folder);
     DIES(EXIT_CHECKPOINT, "tensor resid_lambda is damaged") load(path_of(1, ""));
 }
 

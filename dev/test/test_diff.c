@@ -79,7 +79,7 @@ TEST(a_run_with_a_longer_plan_is_stopped) {
     CHECK_SAID("\nok: 3 losses");
     size_t size;
     char *said = read_text(in_dir("kept/a/printed.txt"), &size);
-    CHECK(strstr(said, "stopped behind step") != NULL);
+    CHECK(strstr(said, "stopped after step") != NULL);
     free(said);
 }
 
@@ -162,7 +162,8 @@ TEST(a_run_that_broke_off_is_seen) {
     free(text);
     CHECK_INT(run("%s %s %s", program("diff"), in_dir("run"), in_dir("cut")), 1);
     CHECK_SAID("the other side has no loss of 7 of the reference's steps, step 5 first  TOO FAR");
-    CHECK_SAID("\nTOO FAR: 7 of 12 losses and 0 of 0 tensors; worst: the loss of step 5, see there");
+    CHECK_SAID(
+        "\nTOO FAR: 7 of 12 losses and 0 of 0 tensors; worst: the loss of step 5, see there");
     CHECK_INT(run("%s %s %s --steps 5", program("diff"), in_dir("run"), in_dir("cut")), 0);
     CHECK_INT(run("%s %s %s", program("diff"), in_dir("cut"), in_dir("run")), 0);
     CHECK_SAID("\nok: 5 losses and 0 tensors agree");
