@@ -7,10 +7,10 @@
 //
 // A bool takes 0 or 1, and alone is 1. A value that begins with -- needs the form with '='. A list
 // takes one more item each time, and all words that are no flags, if the table has one. @file reads
-// more arguments from a file: separated by white space, '#' starts a comment, "..." keeps spaces and
-// in it "" is one "; @file may stand anywhere and hold further @files. A later value replaces an
-// earlier one. What cannot be parsed ends the program with exit code 2 and names the flag, the text
-// found, what was expected, and for an unknown flag the nearest one there is.
+// more arguments from a file: separated by white space, '#' starts a comment, "..." keeps spaces
+// and in it "" is one "; @file may stand anywhere and hold further @files. A later value replaces
+// an earlier one. What cannot be parsed ends the program with exit code 2 and names the flag, the
+// text found, what was expected, and for an unknown flag the nearest one there is.
 #ifndef LLMC_ARGS_H
 #define LLMC_ARGS_H
 

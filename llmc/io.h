@@ -331,10 +331,10 @@ typedef struct {
     size_t size;
 } IoPart;
 
-// Replaces the content of a file at once, by these parts one after the other: writes path.tmp, syncs
-// it, renames it, syncs the folder. On an error path.tmp is gone and the old content stands; only
-// where syncing the folder is what failed, the new one is in place already but may not outlive a
-// power cut.
+// Replaces the content of a file at once, by these parts one after the other: writes path.tmp,
+// syncs it, renames it, syncs the folder. On an error path.tmp is gone and the old content stands;
+// only where syncing the folder is what failed, the new one is in place already but may not outlive
+// a power cut.
 static inline int io_write_parts(const char *path, const IoPart *parts, int n) {
     char beside[IO_PATH_MAX];
     if (snprintf(beside, sizeof beside, "%s.tmp", path) >= (int)sizeof beside) {

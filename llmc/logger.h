@@ -218,8 +218,8 @@ static inline uint64_t log_peak_memory(void) {
     return getrusage(RUSAGE_SELF, &usage) ? 0 : (uint64_t)usage.ru_maxrss * 1024;
 }
 
-// One step: a row in log.csv and a line on stdout, but for a row without any loss. The time that is left counts what went by since
-// the first step began, validations and saves included.
+// One step: a row in log.csv and a line on stdout, but for a row without any loss. The time that is
+// left counts what went by since the first step began, validations and saves included.
 static inline void log_row(Logger *log, const LogRow *r) {
     char line[LOG_LINE_MAX];
     log_append(log, r);

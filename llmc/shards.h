@@ -98,9 +98,9 @@ static inline int shards_glob(const char *pattern, char ***paths, int *count) {
                        pattern);
 }
 
-// The files that patterns stand for, by name, each once. Commas separate them, with white space after
-// them or none; other white space is part of a name. The caller frees them, also on an error. A path
-// that is there as it stands is taken as one file, whatever signs it holds.
+// The files that patterns stand for, by name, each once. Commas separate them, with white space
+// after them or none; other white space is part of a name. The caller frees them, also on an error.
+// A path that is there as it stands is taken as one file, whatever signs it holds.
 static inline int shards_match(const char *patterns, char ***paths, int *count) {
     *paths = NULL, *count = 0;
     if (*patterns && io_exists(patterns)) {

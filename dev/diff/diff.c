@@ -5,8 +5,8 @@
 //     build/diff runs/cpu build/train_gpt2cu                    runs/cpu: a folder with log.csv
 //     build/diff cpu.safetensors gpu.safetensors                made with --dump
 //
-// The first side is the reference. Programs run one after the other with the flags after --, or with
-// those of the recorded side, or on a small model of this repository's text. Four parts:
+// The first side is the reference. Programs run one after the other with the flags after --, or
+// with those of the recorded side, or on a small model of this repository's text. Four parts:
 //     losses    of --steps steps of training, from log.csv
 //     test      one step from --init test: loss, logits, every gradient, every updated parameter
 //     updates   the parameters after --updates steps from --init test, from both saves

@@ -1,5 +1,5 @@
-// test_diff.c: build/diff says what differs, and nothing else: on trainers, recorded runs, dumps and
-// sketches, with the CPU trainer on both sides.
+// test_diff.c: build/diff says what differs, and nothing else: on trainers, recorded runs, dumps
+// and sketches, with the CPU trainer on both sides.
 #include "dev/test/cli.h"
 
 // A trainer beside the real one: the same with a flag more.

@@ -387,9 +387,9 @@ TEST(a_gradient_that_is_not_finite_is_named) {
     CHECK_INT(csv.rows, 1);
 }
 
-// v = 0 behind a wo so large that the gradient of attention overflows, and with it all that backward
-// makes after it: of layer 1 wq, wk and wv, of layer 0 and the embedding everything. (The head's
-// gradient, wo's and the MLP's are finite.)
+// v = 0 before a wo so large that the gradient of attention overflows, and with it all that
+// backward makes after it: of layer 1 wq, wk and wv, of layer 0 and the embedding everything. (The
+// head's gradient, wo's and the MLP's are finite.)
 TEST(the_first_bad_gradient_is_the_one_that_backward_makes_first) {
     const char *flags = "--depth 2 --lr-lm-head 100";
     train_well("%s --out %s --steps 1", flags, in_dir("out"));
