@@ -176,7 +176,7 @@ ladder: $(call for_gpu,$(OP:%=$(BUILD)/cuda/%))
 	@$(if $(GPU_HERE),set -e; for op in $(OP); do echo "== $$op"; $(BUILD)/cuda/$$op $(ONLY); done,dev/test/gpu/run.sh)
 
 # Two trainers on the same seed and data: losses, then logits, gradients and updated parameters, worst
-# first. A, B: programs, folders of runs or dumps; DIFF: flags of build/diff, behind -- the trainers'.
+# first. A, B: programs, folders of runs or dumps; DIFF: flags of build/diff, after -- the trainers'.
 A ?= $(BUILD)/train_gpt2
 B ?= $(BUILD)/$(if $(and $(CUDA),$(GPU_HERE)),train_gpt2cu_fp32,train_gpt2)
 diff: cpu $(filter $(BUILD)/train_gpt2cu%,$(A) $(B))

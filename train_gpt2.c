@@ -194,14 +194,18 @@ static void smear_backward(float *dx,          // (B, T, C)
 }
 
 // y = lambda x + lambda0 x0: what a layer starts from.
-static void mix_forward(float *y, const float *x, const float *x0, float lambda, float lambda0,
-                        int64_t count) {
+static void mix_forward(float *y,         // (count)
+                        const float *x,   // (count)
+                        const float *x0,  // (count)
+                        float lambda, float lambda0, int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) y[i] = lambda * x[i] + lambda0 * x0[i];
 }
 
 // <a, b> over n tokens of C channels; the token sums are added in order.
-static double dot_tokens(const float *a, const float *b, double *partial /* (n) scratch */,
+static double dot_tokens(const float *a,   // (n, C)
+                         const float *b,   // (n, C)
+                         double *partial,  // (n) scratch
                          int64_t n, int C) {
 #pragma omp parallel for
     for (int64_t t = 0; t < n; t++) partial[t] = dot(a + t * C, b + t * C, C);
@@ -211,9 +215,16 @@ static double dot_tokens(const float *a, const float *b, double *partial /* (n) 
 }
 
 // dlambda += <dy, x>, dlambda0 += <dy, x0>, dx0 += lambda0 dy, dx = lambda dy. dx may be dy.
-static void mix_backward(float *dx, float *dx0, float *dlambda, float *dlambda0, const float *dy,
-                         const float *x, const float *x0, float lambda, float lambda0,
-                         double *partial, int64_t n, int C) {
+static void mix_backward(float *dx,        // (n, C)
+                         float *dx0,       // (n, C)
+                         float *dlambda,   // (1)
+                         float *dlambda0,  // (1)
+                         const float *dy,  // (n, C)
+                         const float *x,   // (n, C)
+                         const float *x0,  // (n, C)
+                         float lambda, float lambda0,
+                         double *partial,  // (n) scratch
+                         int64_t n, int C) {
     *dlambda += (float)dot_tokens(dy, x, partial, n, C);
     *dlambda0 += (float)dot_tokens(dy, x0, partial, n, C);
 #pragma omp parallel for
@@ -237,8 +248,10 @@ static void rope_init(float *cosine,  // (T, D/2)
 
 // Half-split rotation of one head (RoFormer, Su et al. 2021), dims j and j + D/2 as a pair:
 //     y1 = x1 cos + x2 sin,   y2 = x2 cos - x1 sin.    direction -1 rotates back.
-static void rope_rotate(float *x, const float *cosine, const float *sine, int half,
-                        float direction) {
+static void rope_rotate(float *x,             // (D)
+                        const float *cosine,  // (D/2)
+                        const float *sine,    // (D/2)
+                        int half, float direction) {
     for (int j = 0; j < half; j++) {
         float x1 = x[j], x2 = x[j + half], s = direction * sine[j];
         x[j] = x1 * cosine[j] + x2 * s;
@@ -255,7 +268,7 @@ static void qk_forward(float *qkv,           // (B, T, 3C)
     int C = H * D, half = D / 2;
 #pragma omp parallel for
     for (int64_t i = 0; i < (int64_t)B * T; i++)
-        for (int h = 0; h < 2 * H; h++) {  // heads of q, then of k: they lie one behind the other
+        for (int h = 0; h < 2 * H; h++) {  // heads of q, then of k: they lie one after the other
             float *x = qkv + i * 3 * C + h * D;
             int64_t t = i % T;
             rope_rotate(x, cosine + t * half, sine + t * half, half, 1);
@@ -266,10 +279,12 @@ static void qk_forward(float *qkv,           // (B, T, 3C)
 }
 
 // In place in the packed gradients: the norm's backward, then the rotation back.
-static void qk_backward(float *dqkv,       // (B, T, 3C)
-                        const float *qkv,  // (B, T, 3C), forward's output
-                        const float *r,    // (B, T, 2H)
-                        const float *cosine, const float *sine, int B, int T, int H, int D) {
+static void qk_backward(float *dqkv,          // (B, T, 3C)
+                        const float *qkv,     // (B, T, 3C), forward's output
+                        const float *r,       // (B, T, 2H)
+                        const float *cosine,  // (T, D/2)
+                        const float *sine,    // (T, D/2)
+                        int B, int T, int H, int D) {
     int C = H * D, half = D / 2;
 #pragma omp parallel for
     for (int64_t i = 0; i < (int64_t)B * T; i++)
@@ -340,7 +355,7 @@ static void value_embed_backward(float *dtable,       // (Vp, C)
 
 static double attention_scale(int D) { return 1.44 / sqrt(D); }
 
-// Query i of a row sees keys first .. i: causal, at most W behind it, in its own document.
+// Query i of a row sees keys first .. i: causal, at most W before it, in its own document.
 static int first_key(int i, int W, int doc_start) {
     int first = i - W > 0 ? i - W : 0;
     return first > doc_start ? first : doc_start;
@@ -428,40 +443,55 @@ static void attention_backward(float *dqkv,           // (B, T, 3C)
 }
 
 // y += x
-static void add_forward(float *y, const float *x, int64_t count) {
+static void add_forward(float *y,        // (count)
+                        const float *x,  // (count)
+                        int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) y[i] += x[i];
 }
 
 // y = relu(x)^2 (Primer, So et al. 2021); NaN stays NaN.
-static void relu2_forward(float *y, const float *x, int64_t count) {
+static void relu2_forward(float *y,        // (count)
+                          const float *x,  // (count)
+                          int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) y[i] = x[i] <= 0 ? 0 : x[i] * x[i];
 }
 
 // dx = 2 relu(x) dy. dx may be dy.
-static void relu2_backward(float *dx, const float *dy, const float *x, int64_t count) {
+static void relu2_backward(float *dx,        // (count)
+                           const float *dy,  // (count)
+                           const float *x,   // (count)
+                           int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) dx[i] = x[i] <= 0 ? 0 : 2 * x[i] * dy[i];
 }
 
 // y = x - lambda xb
-static void backout_forward(float *y, const float *x, const float *xb, float lambda,
-                            int64_t count) {
+static void backout_forward(float *y,         // (count)
+                            const float *x,   // (count)
+                            const float *xb,  // (count)
+                            float lambda, int64_t count) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) y[i] = x[i] - lambda * xb[i];
 }
 
 // dlambda += -<dy, xb>,   dxb = -lambda dy;   dx = dy, which the caller has already.
-static void backout_backward(float *dxb, float *dlambda, const float *dy, const float *xb,
-                             float lambda, double *partial, int64_t n, int C) {
+static void backout_backward(float *dxb,       // (n, C)
+                             float *dlambda,   // (1)
+                             const float *dy,  // (n, C)
+                             const float *xb,  // (n, C)
+                             float lambda,
+                             double *partial,  // (n) scratch
+                             int64_t n, int C) {
     *dlambda -= (float)dot_tokens(dy, xb, partial, n, C);
 #pragma omp parallel for
     for (int64_t i = 0; i < n * C; i++) dxb[i] = -lambda * dy[i];
 }
 
 // z = 15 tanh(a / 15), in place, for `count` logits a; 15 (1 - 2/(e^(2a/15) + 1)) is the same.
-static void softcap_forward(float *z, int count) {
+static void softcap_forward(float *z,  // (count)
+                            int count) {
     for (int v = 0; v < count; v++) {
         double a = z[v] > 2000 ? 2000 : z[v] < -2000 ? -2000 : z[v];
         z[v] = (float)(15 - 30 / (exp_inline(a * (2.0 / 15)) + 1));
@@ -530,13 +560,13 @@ typedef struct {
 typedef struct {
     float *embed, *embed_r;  // (n, C), (n): N(wte[idx]) and its factors
     float *smear;            // (n): the smear gates
-    float *x0;               // (n, C): the stream behind the smear
-    float
-        *stream;  // (L + 1, n, C): the residual stream as it enters each layer, and leaves the last
+    float *x0;               // (n, C): the stream after the smear
+    // (L + 1, n, C): the residual stream as it enters each layer, and leaves the last
+    float *stream;
     float *h1, *r1, *h2, *r2;  // (L, n, C), (L, n): the normed inputs of attention and MLP
-    float *qkv,
-        *qk_r;    // (L, n, 3C), (L, n, 2H): q and k normed and rotated, v with its value embedding
-    float *gate;  // (L, n, H): the value embedding's gates
+    // (L, n, 3C), (L, n, 2H): q and k normed and rotated, v with its value embedding
+    float *qkv, *qk_r;
+    float *gate;       // (L, n, H): the value embedding's gates
     float *att, *lse;  // (L, n, C), (L, n, H): attention's output before wo, and its softmax sums
     float *fc;         // (L, n, F): h2 wfc^T
     float *hf, *rf;    // (n, C), (n): the normed input of the head
@@ -565,9 +595,9 @@ struct Model {
     float *state1, *state2;  // (table.numel), (table.state_numel): the optimizer's
     Weights w, dw;           // views of params and grads
     Activations a;
-    void *activations;  // the memory behind a
+    void *activations;  // the memory that a points into
     MuonScratch muon;
-    float *scratch;        // the memory behind muon
+    float *scratch;        // the memory that muon points into
     float *cosine, *sine;  // (T, D/2) each
 };
 

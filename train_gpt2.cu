@@ -291,7 +291,7 @@ struct Model {
     cudaEvent_t norms_done;
     Feed feed;              // two sets of slots, each of one for every micro-step
     int set;                // the one for the next step
-    bool loaded;            // its micro-batches are in it
+    int loaded;             // so many of its micro-batches are in it
     float *host_losses;     // (max_tokens) pinned, for validation
     size_t max_tokens;      // n
     Phase phase;            // of the last step
@@ -705,10 +705,13 @@ static void model_update(Model *m) {
 // =============================================================================================
 // A step.
 
-// Fills the next step's slots.
-static void fetch_batches(Model *m, Loader *loader, const Phase *phase) {
-    for (int i = 0; i < phase->micro_steps; i++)
-        feed_load(&m->feed, m->set * m->feed.places + i, loader, phase->micro_rows, phase->T);
+// Fills those of the next step's slots that are not filled yet. ahead: the step before is still under
+// way, and shall have its result, so bad data only end the loading.
+static void fetch_batches(Model *m, Loader *loader, const Phase *phase, bool ahead) {
+    int from = m->set * m->feed.places;
+    while (m->loaded < phase->micro_steps && feed_load(&m->feed, from + m->loaded, loader,
+                                                       phase->micro_rows, phase->T, ahead))
+        m->loaded++;
 }
 
 // Sends them to their places, and --dump's copies to keep.
@@ -817,16 +820,16 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
     gradients_clear(m);
-    if (!m->loaded) fetch_batches(m, loader, phase);
+    fetch_batches(m, loader, phase, false);
     send_batches(m, phase, keep);
     step_run(m, phase, keep);
     CUDA_CHECK(cudaMemcpyAsync(m->host_step, m->step, sizeof *m->step, cudaMemcpyDeviceToHost, s));
     LoaderState at = loader_state(loader);
     int first = m->set * m->feed.places;
-    m->set = 1 - m->set, m->loaded = !keep && step + 1 < plan->steps;
-    if (m->loaded) {
+    m->set = 1 - m->set, m->loaded = 0;
+    if (!keep && step + 1 < plan->steps) {
         Phase next = phase_at(plan, &m->cfg, step + 1);
-        fetch_batches(m, loader, &next);
+        fetch_batches(m, loader, &next, true);
     }
     CUDA_CHECK(cudaStreamSynchronize(s));
     StepResult result = step_result(m, phase, first);

@@ -1,16 +1,16 @@
 // args.h: one table of flags that parses, prints --help, and is echoed.
 //
 // Each row: name (without --), type, where the value goes, default as text, help. The default goes
-// through the same parser as the user's text, so it can not be out of range or out of date.
+// through the same parser as the user's text, so it cannot be out of range or out of date.
 //
 //     --name value    --name=value    @file    --help
 //
-// A bool takes 0 or 1, and alone is 1. A list takes one more item each time, and all words that are
-// no flags, if the table has one. @file reads more arguments from a file: separated by white space,
-// '#' starts a comment, "..." keeps spaces and in it "" is one "; @file may stand anywhere and hold
-// further @files. A later value replaces an earlier one. What can not be parsed ends the program
-// with exit code 2 and names the flag, the text found, what was expected, and for an unknown flag
-// the nearest one there is.
+// A bool takes 0 or 1, and alone is 1. A value that begins with -- needs the form with '='. A list
+// takes one more item each time, and all words that are no flags, if the table has one. @file reads
+// more arguments from a file: separated by white space, '#' starts a comment, "..." keeps spaces
+// and in it "" is one "; @file may stand anywhere and hold further @files. A later value replaces
+// an earlier one. What cannot be parsed ends the program with exit code 2 and names the flag, the
+// text found, what was expected, and for an unknown flag the nearest one there is.
 #ifndef LLMC_ARGS_H
 #define LLMC_ARGS_H
 
@@ -44,8 +44,11 @@ typedef struct {
     bool given;        // set by args_parse when the user named it
 } Arg;
 
+// By type: in --help, and in sentences.
 static const char *const args_type_name[] = {"0|1",    "integer", "integer",
                                              "number", "text",    "text..."};
+static const char *const args_type_words[] = {"0 or 1",   "a whole number", "a whole number",
+                                              "a number", "text",           "text"};
 
 static inline Arg *args_find(Arg *table, int count, const char *name) {
     for (int i = 0; i < count; i++)
@@ -116,12 +119,15 @@ static inline void args_set(Arg *arg, const char *text) {
     if (arg->type == ARG_INT) low = fmax(low, INT_MIN), high = fmin(high, INT_MAX);
     if (bad || number < low || number > high) {
         char range[96] = "";
+        bool real = arg->type == ARG_DOUBLE;
         if (ranged && high < 1e18)
-            snprintf(range, sizeof range, " from %g to %g", low, high);
+            snprintf(range, sizeof range, real ? " from %g to %g" : " from %.0f to %.0f", low,
+                     high);
         else if (ranged)
-            snprintf(range, sizeof range, " of at least %g", low);
-        die(EXIT_USAGE, "--%s: found '%s', expected %s%s; see --help", arg->name, text,
-            arg->type == ARG_DOUBLE ? "a number" : "a whole number", range);
+            snprintf(range, sizeof range, real ? " of at least %g" : " of at least %.0f", low);
+        die(EXIT_USAGE, "--%s: found '%s', expected %s%s%s; see --help", arg->name, text,
+            real ? "a number" : "a whole number", range,
+            bad && !real ? ", written out in digits" : "");
     }
     if (arg->type == ARG_BOOL) *(bool *)arg->value = whole != 0;
     if (arg->type == ARG_INT) *(int *)arg->value = (int)whole;
@@ -157,7 +163,10 @@ static inline void args_help(FILE *out, const char *usage, const Arg *table, int
 // One flag, as a line that @file reads back.
 static inline void args_echo_line(FILE *out, const char *name, const char *text) {
     bool quote = !*text || strpbrk(text, " \t\r\n\v\f\"#");
-    fprintf(out, quote ? "--%s \"" : "--%s ", name);
+    if (!strncmp(text, "--", 2))
+        fprintf(out, quote ? "\"--%s=" : "--%s=", name);
+    else
+        fprintf(out, quote ? "--%s \"" : "--%s ", name);
     for (const char *p = text; *p; p++) fprintf(out, *p == '"' ? "\"\"" : "%c", *p);
     fprintf(out, quote ? "\"\n" : "\n");
 }
@@ -215,6 +224,26 @@ static inline char *args_word(char *word, char **end) {
     return word;
 }
 
+// True when a line of args_line gives the flag another value than it has now; *was is that value,
+// the default where the line does not name the flag. `line` is cut into words, so it is a copy.
+static inline bool args_changed(const Arg *arg, char *line, const char **was) {
+    char buffer[64], *end = line;
+    size_t n = strlen(arg->name);
+    const char *now = args_text(arg, buffer, sizeof buffer);
+    *was = arg->fallback;
+    while (*(end += strspn(end, " "))) {
+        const char *word = args_word(end, &end);
+        bool named = word && !strncmp(word, "--", 2) && !strncmp(word + 2, arg->name, n);
+        if (!word) break;
+        if (named && word[2 + n] == '=') *was = word + 3 + n;
+        if (!named || word[2 + n]) continue;
+        end += strspn(end, " ");
+        if ((word = args_word(end, &end))) *was = word;
+    }
+    if (arg->type == ARG_STRING) return strcmp(*was, now) != 0;
+    return strtod(*was, NULL) != strtod(now, NULL);
+}
+
 static inline void args_parse_list(Arg *table, int count, const char *usage, char **list, int n);
 
 // Splits the text of a file into arguments, in place, and reads those.
@@ -260,6 +289,9 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
             Arg *words = args_find_list(table, count);
             if (!words)
                 die(EXIT_USAGE, "found '%s', expected a flag (--name value); see --help", list[i]);
+            if (list[i][0] == '-')
+                die(EXIT_USAGE, "found '%s', expected a file or a flag; did you mean --%s?",
+                    list[i], args_nearest(table, count, list[i] + 1));
             args_set(words, list[i]);
             words->given = true;
             continue;
@@ -278,8 +310,13 @@ static inline void args_parse_list(Arg *table, int count, const char *usage, cha
             continue;
         }
         if (!equals && i + 1 >= n)
-            die(EXIT_USAGE, "--%s: found nothing behind it, expected %s", name,
-                args_type_name[arg->type]);
+            die(EXIT_USAGE, "--%s: its value is missing; expected %s", name,
+                args_type_words[arg->type]);
+        if (!equals && !strncmp(list[i + 1], "--", 2))
+            die(EXIT_USAGE,
+                "--%s: found the flag %s where its value should be; for a value that begins with "
+                "-- write --%s=...",
+                name, list[i + 1], name);
         args_set(arg, equals ? equals + 1 : list[++i]);
         arg->given = true;
     }

@@ -12,7 +12,7 @@
 //
 // ckpt_save and ckpt_prune return 0, or -1 with the reason in io_error: training goes on without
 // them. ckpt_find and ckpt_load leave with EXIT_CHECKPOINT: a run that cannot go on from the save
-// it was told to must not begin anew.
+// it was told to must not start over.
 #ifndef LLMC_CHECKPOINT_H
 #define LLMC_CHECKPOINT_H
 
@@ -320,8 +320,9 @@ static inline int ckpt_entry_order(const void *a, const void *b) {
 static inline int ckpt_list(const char *out, CkptEntry **entries) {
     char folder[IO_PATH_MAX], **names;
     *entries = NULL;
+    struct stat st;
     ckpt_join(folder, out, "ckpt");
-    if (!io_exists(folder)) return 0;
+    if (lstat(folder, &st) && errno == ENOENT) return 0;  // of any other, listing it fails
     int count = io_list_dir(folder, &names), found = 0;
     if (count < 0) return -1;
     *entries = (CkptEntry *)die_alloc((size_t)count, sizeof **entries, "the list of saves");
@@ -339,10 +340,17 @@ static inline int ckpt_list(const char *out, CkptEntry **entries) {
 }
 
 // Finds the save to go on from, and checks all of it. `which` is "auto", the newest one of OUT that
-// is whole, or a save's folder. False: there is none yet. Damaged saves are warned of and passed
-// over; if only damaged ones are left, or the one asked for is, the program ends.
+// is whole, or a save's folder. False: there is none yet. Damaged saves are skipped with a warning;
+// if only damaged ones are left, or the one asked for is, the program ends.
 static inline bool ckpt_find(const char *out, const char *which, char folder[IO_PATH_MAX]) {
     if (strcmp(which, "auto")) {
+        char saves[IO_PATH_MAX];
+        ckpt_join(saves, which, "ckpt");
+        if (io_is_dir(saves))
+            die(EXIT_CHECKPOINT,
+                "cannot resume from %s: this is a run's folder; give one of its saves "
+                "(%s/step_...), or --out %s --resume auto",
+                which, saves, which);
         if (ckpt_check(which, true))
             die(EXIT_CHECKPOINT, "cannot resume from %s: %s", which, io_error);
         snprintf(folder, IO_PATH_MAX, "%s", which);
@@ -352,11 +360,12 @@ static inline bool ckpt_find(const char *out, const char *which, char folder[IO_
     int count = ckpt_list(out, &entries), i;
     if (count < 0) die(EXIT_CHECKPOINT, "cannot look for saves: %s", io_error);
     for (i = 0; i < count && ckpt_check(entries[i].path, true); i++)
-        warn("passing over a damaged save: %s", io_error);
+        warn("skipping a damaged save: %s", io_error);
     if (i < count) memcpy(folder, entries[i].path, IO_PATH_MAX);
     if (count > 0 && i == count)
-        die(EXIT_CHECKPOINT, "all %d saves in %s/ckpt are damaged; remove them to begin anew",
-            count, out);
+        die(EXIT_CHECKPOINT,
+            "%s/ckpt: found %d save%s, none of them whole; remove %s to start over", out, count,
+            count == 1 ? "" : "s", count == 1 ? "it" : "them");
     free(entries);
     return i < count;
 }

@@ -11,8 +11,8 @@
 // the same row each time.
 // Memory: rows.h's, and 2(T+1) bytes for each row ahead.
 //
-// State to save, 32 bytes: {seed, epoch, row, fingerprint}; loader_describe gives the names behind
-// the fingerprint, so that loader_restore can say which shard is another one.
+// State to save, 32 bytes: {seed, epoch, row, fingerprint}; loader_describe gives the names in the
+// fingerprint, so that loader_restore can say which shard is another one.
 //
 // Validation (loader_val_): rows of stream over one shard in order, without a thread.
 #ifndef LLMC_DATALOADER_H
@@ -269,15 +269,17 @@ static inline void loader_set_rows(Loader *l, int B) {
     l->origins = B;
 }
 
-// Waits for the first row of the queue, copied if it is this rank's. Holds the lock.
-static inline LoaderRow *loader_wait(Loader *l) {
-    for (;;) {
-        LoaderRow *row = l->head;
-        if (row && (row->copied || !loader_own(l, row))) return row;
-        if (l->copy_failed || (!row && l->plan_failed)) die(EXIT_DATA, "%s", l->error);
-        pthread_cond_signal(&l->work);
-        pthread_cond_wait(&l->ready, &l->lock);
+// Waits until the queue holds the next `count` rows, copied where they are this rank's. False: what
+// was found wrong in the data, l->error, is before the end of them. Holds the lock.
+static inline bool loader_wait(Loader *l, int64_t count) {
+    for (LoaderRow **row = &l->head; count > 0; row = &(*row)->next, count--) {
+        while (!*row || (loader_own(l, *row) && !(*row)->copied)) {
+            if (l->copy_failed || (!*row && l->plan_failed)) return false;
+            pthread_cond_signal(&l->work);
+            pthread_cond_wait(&l->ready, &l->lock);
+        }
     }
+    return true;
 }
 
 static inline LoaderOrigin loader_find_origin(const Loader *l, const Row *row) {
@@ -296,16 +298,20 @@ static inline void loader_require_length(const Loader *l, int T) {
             T, l->rows.config.T);
 }
 
-// Hands out this rank's B of the next ranks*B rows.
-static inline void loader_next(Loader *l,
-                               int32_t *inputs,   // (B, T)
-                               int32_t *targets,  // (B, T)
-                               int B) {
+// Hands out this rank's B of the next ranks*B rows. False, and no row is taken, where the data of
+// one of them are bad: the next call, too, finds them so, and loader_next says why. For a caller
+// that asks ahead of need, and has something to finish first.
+static inline bool loader_try_next(Loader *l,
+                                   int32_t *inputs,   // (B, T)
+                                   int32_t *targets,  // (B, T)
+                                   int B) {
     int T = l->rows.config.T, b = 0;
+    int64_t rows = (int64_t)B * l->ranks;
     pthread_mutex_lock(&l->lock);
     loader_set_rows(l, B);
-    for (int64_t i = 0; i < (int64_t)B * l->ranks; i++) {
-        LoaderRow *row = loader_wait(l);
+    bool there = loader_wait(l, rows);
+    for (int64_t i = 0; there && i < rows; i++) {
+        LoaderRow *row = l->head;
         if (loader_own(l, row)) {
             pthread_mutex_unlock(&l->lock);  // the row stays: only we take rows out
             for (int t = 0; t < T; t++) inputs[t] = row->tokens[t];
@@ -318,6 +324,15 @@ static inline void loader_next(Loader *l,
     }
     pthread_cond_signal(&l->work);
     pthread_mutex_unlock(&l->lock);
+    return there;
+}
+
+// The same, but ends the program where the data are bad.
+static inline void loader_next(Loader *l,
+                               int32_t *inputs,   // (B, T)
+                               int32_t *targets,  // (B, T)
+                               int B) {
+    if (!loader_try_next(l, inputs, targets, B)) die(EXIT_DATA, "%s", l->error);
 }
 
 // Where row b of the last call came from.

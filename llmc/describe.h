@@ -73,17 +73,20 @@ static inline void describe_memory(FILE *out, const DescribeMemory *rows, int co
 
 static inline void describe_plan(FILE *out, const Plan *p, const Flags *f, const Config *c) {
     fprintf(out,
-            "\nhorizon Z %.0f tokens (depth 12: %.0f), batch %lld tokens = %lld micro-steps of %d "
-            "rows per rank, %lld steps\n",
-            p->horizon, p->horizon12, (long long)p->batch, (long long)p->micro_steps, p->micro_rows,
-            (long long)p->steps);
+            "\nhorizon Z %.0f tokens (depth 12: %.0f), batch %lld tokens = %lld micro-step%s of %d "
+            "row%s per rank, %lld step%s\n",
+            p->horizon, p->horizon12, (long long)p->batch, (long long)p->micro_steps,
+            p->micro_steps == 1 ? "" : "s", p->micro_rows, p->micro_rows == 1 ? "" : "s",
+            (long long)p->steps, p->steps == 1 ? "" : "s");
     fprintf(out, "%.4g tokens, %.4g FLOPs in all\n", (double)p->batch * (double)p->steps,
             (double)p->batch * (double)p->steps * config_flops_per_token(c, false));
     fprintf(out, "\n%10s %9s %10s %10s", "step", "lr factor", "momentum", "wd factor");
     for (int g = 0; g < GROUP_COUNT; g++) fprintf(out, " %15s", plan_group(p, f, c, (Group)g).name);
     fprintf(out, "\n");
-    for (int k = 0; k < 5; k++) {
+    for (int64_t k = 0, last = -1; k < 5; k++) {
         int64_t it = (p->steps - 1) * k / 4;
+        if (it == last) continue;
+        last = it;
         Schedule s = schedule_at(it, p->steps, f->warmup);
         fprintf(out, "%10lld %9.5f %10.5f %10.5f", (long long)it, s.lr, s.momentum, s.wd);
         for (int g = 0; g < GROUP_COUNT; g++)

@@ -10,6 +10,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum {
     EXIT_OK = 0,          // done
@@ -57,6 +58,12 @@ static inline void *die_alloc(size_t count, size_t size, const char *what) {
     void *p = calloc(count ? count : 1, size ? size : 1);
     if (!p) die(EXIT_INTERNAL, "out of memory for %s: %zu x %zu bytes", what, count, size);
     return p;
+}
+
+// strdup that cannot return NULL.
+static inline char *die_strdup(const char *text, const char *what) {
+    size_t size = strlen(text) + 1;
+    return (char *)memcpy(die_alloc(size, 1, what), text, size);
 }
 
 #endif

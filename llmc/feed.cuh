@@ -112,15 +112,21 @@ static inline void feed_close(const Feed *f, FeedSlot *s, size_t bytes) {
     s->bytes = (size_t)((char *)s->batch.index.counts - s->memory) + bytes;
 }
 
-// Fills a slot with the loader's next rows of T tokens. Waits for the loader where it is behind.
-static inline void feed_load(Feed *f, int slot, Loader *l, int rows, int T) {
+// Fills a slot with the loader's next rows of T tokens; waits for the loader where it is behind. Where
+// their data are bad it ends the program, or, when they are loaded ahead of need, returns false: the
+// next call comes to the same rows.
+static inline bool feed_load(Feed *f, int slot, Loader *l, int rows, int T, bool ahead) {
     assert(rows <= f->max_rows);
     loader_require_length(l, T);
     FeedSlot *s = feed_open(f, slot, rows, T);
     DeviceBatch *b = &s->batch;
-    loader_next(l, b->tokens, b->targets, rows);
+    if (!ahead)
+        loader_next(l, b->tokens, b->targets, rows);
+    else if (!loader_try_next(l, b->tokens, b->targets, rows))
+        return false;
     for (int i = 0; i < rows; i++) s->origin[i] = loader_origin(l, i);
     feed_close(f, s, embed_index_build(b->index.counts, b->tokens, b->n, f->V, f->counts));
+    return true;
 }
 
 // Fills a slot with given rows, without an index: for what has no backward pass.

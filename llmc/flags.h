@@ -28,13 +28,13 @@
     F(int, INT, vocab, "vocab", "0", 0, 65536,                                                   \
       "vocabulary V; 0: the tokenizer's, or 50257 without one")                                  \
     F(int, INT, bos, "bos", "-1", -1, 65535,                                                     \
-      "token that starts a document; -1: the tokenizer's, else 50256 or V-1")                                       \
+      "token that starts a document; -1: the tokenizer's, else 50256 or V-1")                    \
     F(int, INT, seq_len, "seq-len", "2048", 1, 1 << 20,                                          \
       "tokens in a row T")                                                                       \
     F(const char *, STRING, window_pattern, "window-pattern", "SSSL", 0, 0,                      \
       "short and long windows, tiled over the layers; the last is L")                            \
     F(int, INT, window_short, "window-short", "0", 0, 1 << 20,                                   \
-      "keys behind the query in an S layer; 0: T/4, up to a multiple of 128")                          \
+      "keys before the query in an S layer; 0: T/4, up to a multiple of 128")                    \
     F(bool, BOOL, doc_mask, "doc-mask", "0", 0, 0,                                               \
       "1: attention and smear stay inside a document")                                           \
     /* the data */                                                                               \

@@ -5,8 +5,8 @@
 // caller decides. Reads and writes loop over short counts and EINTR. Nothing is mapped: a full disk
 // under a mapping arrives as SIGBUS, a failed write() as an error code.
 //
-// A file that others may read is written with io_write_file: beside its place, synced, renamed, the
-// folder synced. A reader sees the old content or the new, never a part.
+// A file that others may read is written with io_write_file or io_write_parts: beside its place,
+// synced, renamed, the folder synced. A reader sees the old content or the new, never a part.
 //
 // Compiled with -DIO_FAULTS (the test build), the n-th system call of a kind can be made to fail;
 // io_fault below says how. Without it that code is not there.
@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -34,6 +35,7 @@ typedef struct {
 } IoFile;
 
 static __thread char io_error[IO_PATH_MAX + 256];  // the reason of the last -1
+static __thread int io_errno;                      // of the last system call that failed
 
 // ---------------------------------------------------------------------------------------------
 // Faults, for tests: "at every call" is a loop over `at`.
@@ -90,9 +92,13 @@ static IoFaultKind io_fault_next(void) {
 // One file.
 
 static inline int io_fail(const char *what, const char *path) {
-    snprintf(io_error, sizeof io_error, "cannot %s %s: %s", what, path, strerror(errno));
+    io_errno = errno;
+    snprintf(io_error, sizeof io_error, "cannot %s %s: %s", what, path, strerror(io_errno));
     return -1;
 }
+
+// True when what failed last did so for want of room, which may come back.
+static inline bool io_disk_full(void) { return io_errno == ENOSPC || io_errno == EDQUOT; }
 
 static inline int io_open_flags(IoFile *f, const char *path, int flags, const char *what) {
     memset(f, 0, sizeof *f);
@@ -116,9 +122,10 @@ static inline int io_close(IoFile *f) {
     return close(fd) || failed ? io_fail("close", f->path) : 0;
 }
 
-// Opens a regular file for reading. A folder is refused here, with that word.
+// Opens a regular file for reading. A folder is refused here, with that word. (Without O_NONBLOCK,
+// opening a FIFO waits until something writes to it.)
 static inline int io_open_read(IoFile *f, const char *path) {
-    if (io_open_flags(f, path, O_RDONLY, "open")) return -1;
+    if (io_open_flags(f, path, O_RDONLY | O_NONBLOCK, "open")) return -1;
     struct stat st;
     if (fstat(f->fd, &st)) {
         io_fail("stat", path);
@@ -138,9 +145,20 @@ static inline int io_create(IoFile *f, const char *path) {
     return io_open_flags(f, path, O_WRONLY | O_CREAT | O_TRUNC, "create");
 }
 
-// Opens a file to write behind its end; creates it when it is not there.
+// Opens a file to write at its end; creates it when it is not there.
 static inline int io_open_append(IoFile *f, const char *path) {
     return io_open_flags(f, path, O_WRONLY | O_CREAT | O_APPEND, "append to");
+}
+
+// Opens a file, made where there is none, and locks it until it is closed or the process ends.
+// Returns 1 when another process has the lock.
+static inline int io_lock(IoFile *f, const char *path) {
+    if (io_open_append(f, path)) return -1;
+    if (!IO_CALL(flock(f->fd, LOCK_EX | LOCK_NB))) return 0;
+    io_fail("lock", path);
+    close(f->fd);
+    f->fd = -1;
+    return io_errno == EWOULDBLOCK ? 1 : -1;
 }
 
 // Size in bytes, or -1.
@@ -253,17 +271,23 @@ static inline int io_list_dir(const char *path, char ***names) {
     *names = NULL;
     DIR *dir = opendir(path);
     if (!dir) return io_fail("list", path);
-    int count = 0, room = 0;
-    for (struct dirent *e; (e = readdir(dir)) != NULL;) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
-        if (count == room)
-            *names =
-                (char **)realloc(*names, sizeof **names * (size_t)(room = room ? 2 * room : 16));
-        (*names)[count++] = strdup(e->d_name);
+    int count = 0, room = 0, failed = 0;
+    while (!failed) {
+        struct dirent *e = IO_CALL(0) ? NULL : (errno = 0, readdir(dir));  // 0: it is the end
+        if (!e && !errno) break;
+        if (e && (!strcmp(e->d_name, ".") || !strcmp(e->d_name, ".."))) continue;
+        if (e && count == room) {
+            size_t size = sizeof **names * (size_t)(room = room ? 2 * room : 16);
+            char **more = (char **)realloc(*names, size);
+            *names = more ? more : *names, failed = !more;
+        }
+        failed = failed || !e || !((*names)[count] = strdup(e->d_name));
+        count += !failed;
     }
+    if (failed) io_fail("list", path), io_free_names(*names, count), *names = NULL;
     closedir(dir);
-    if (count) qsort(*names, (size_t)count, sizeof **names, io_name_order);
-    return count;
+    if (count && !failed) qsort(*names, (size_t)count, sizeof **names, io_name_order);
+    return failed ? -1 : count;
 }
 
 // Removes a file, or a folder with all it holds. What is not there is no error.
@@ -287,24 +311,31 @@ static inline int io_remove(const char *path) {
 // ---------------------------------------------------------------------------------------------
 // Whole files.
 
-// Reads all of a file. *data is NUL-terminated behind its *count bytes, and the caller's to free.
+// Reads all of a file. *data has a NUL after its *count bytes, and is the caller's to free.
 static inline int io_read_file(const char *path, char **data, size_t *count) {
     IoFile f;
     *data = NULL, *count = 0;
     if (io_open_read(&f, path)) return -1;
     int64_t size = io_size(&f);
-    bool failed = size < 0 || !(*data = (char *)malloc((size_t)size + 1)) ||
-                  io_read_at(&f, *data, (size_t)size, 0);
+    bool failed = size < 0;
+    if (!failed && !(*data = (char *)malloc((size_t)size + 1))) failed = io_fail("read", path);
+    failed = failed || io_read_at(&f, *data, (size_t)size, 0);
     if (!failed) (*data)[size] = 0, *count = (size_t)size;
     close(f.fd);
     if (failed) free(*data), *data = NULL;
     return failed ? -1 : 0;
 }
 
-// Replaces the content of a file at once: writes path.tmp, syncs it, renames it, syncs the folder.
-// On an error path.tmp is gone and the old content stands; only where syncing the folder is what
-// failed, the new one is in place already but may not outlive a power cut.
-static inline int io_write_file(const char *path, const void *data, size_t count) {
+typedef struct {
+    const void *data;  // (size)
+    size_t size;
+} IoPart;
+
+// Replaces the content of a file at once, by these parts one after the other: writes path.tmp,
+// syncs it, renames it, syncs the folder. On an error path.tmp is gone and the old content stands;
+// only where syncing the folder is what failed, the new one is in place already but may not outlive
+// a power cut.
+static inline int io_write_parts(const char *path, const IoPart *parts, int n) {
     char beside[IO_PATH_MAX];
     if (snprintf(beside, sizeof beside, "%s.tmp", path) >= (int)sizeof beside) {
         errno = ENAMETOOLONG;
@@ -312,7 +343,9 @@ static inline int io_write_file(const char *path, const void *data, size_t count
     }
     IoFile f;
     if (io_create(&f, beside)) return -1;
-    bool failed = io_write(&f, data, count) || io_sync(&f);
+    bool failed = false;
+    for (int i = 0; i < n && !failed; i++) failed = io_write(&f, parts[i].data, parts[i].size);
+    failed = failed || io_sync(&f);
     if (failed)
         close(f.fd);
     else
@@ -320,6 +353,11 @@ static inline int io_write_file(const char *path, const void *data, size_t count
     if (!failed && io_rename(beside, path) == 0) return 0;
     unlink(beside);
     return -1;
+}
+
+static inline int io_write_file(const char *path, const void *data, size_t count) {
+    IoPart all = {data, count};
+    return io_write_parts(path, &all, 1);
 }
 
 #endif

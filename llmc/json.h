@@ -32,7 +32,7 @@
 typedef struct {
     const char *text;   // not NUL-terminated
     size_t size, at;    // bytes in it, next byte to read
-    bool fresh;         // behind an opening bracket: the next element has no comma before it
+    bool fresh;         // after an opening bracket: the next element has no comma before it
     const char *error;  // NULL as long as all is well, then the reason
     size_t error_at;    // and its offset
 } Json;
@@ -70,7 +70,7 @@ static inline bool json_enter(Json *j, char open) {
     return true;
 }
 
-// True when another member or element follows; its comma is behind the cursor then. False when the
+// True when another member or element follows; its comma is before the cursor then. False when the
 // closing bracket came, which is consumed, and after an error.
 static inline bool json_more(Json *j, char close) {
     char c = json_peek(j);
@@ -84,7 +84,7 @@ static inline bool json_more(Json *j, char close) {
     if (first) return c ? true : json_fail(j, j->at, "the text ends inside { or [");
     if (c != ',') return json_fail(j, j->at, close == '}' ? "expected , or }" : "expected , or ]");
     j->at++;
-    if (json_peek(j) == close) return json_fail(j, j->at, "found a comma with nothing behind it");
+    if (json_peek(j) == close) return json_fail(j, j->at, "found a comma with nothing after it");
     return true;
 }
 
@@ -133,9 +133,9 @@ static inline int json_escape(Json *j, char out[4]) {
         out[0] = values[simple - names];
         return 1;
     }
-    if (c != 'u') return json_fail(j, start, "found a \\ with an unknown character behind it"), 0;
+    if (c != 'u') return json_fail(j, start, "found a \\ with an unknown character after it"), 0;
     int high = json_hex4(j);
-    if (high < 0) return json_fail(j, start, "expected 4 hexadecimal digits behind \\u"), 0;
+    if (high < 0) return json_fail(j, start, "expected 4 hexadecimal digits after \\u"), 0;
     if (high < 0xD800 || high > 0xDFFF) return json_utf8(out, (uint32_t)high);
     int low = -1;
     if (high < 0xDC00 && j->size - j->at >= 2 && !memcmp(j->text + j->at, "\\u", 2)) {
@@ -146,7 +146,7 @@ static inline int json_escape(Json *j, char out[4]) {
     return json_utf8(out, 0x10000 + ((uint32_t)(high - 0xD800) << 10) + (uint32_t)(low - 0xDC00));
 }
 
-// Decodes the string at the cursor into buffer[0, *length), with a NUL behind it; `room` counts it,
+// Decodes the string at the cursor into buffer[0, *length), with a NUL after it; `room` counts it,
 // too. A string that does not fit is an error. Without a buffer the string is checked and counted.
 // length may be NULL: then a NUL inside the string is an error, since the caller could not see it.
 static inline bool json_string(Json *j, char *buffer, size_t room, size_t *length) {
@@ -184,7 +184,7 @@ static inline bool json_string_length(Json *j, size_t *length) {
     return ok;
 }
 
-// The name of a member, with the colon behind it.
+// The name of a member, with the colon after it.
 static inline bool json_key(Json *j, char *buffer, size_t room) {
     return json_string(j, buffer, room, NULL) && json_expect(j, ':', "expected :");
 }
@@ -210,7 +210,7 @@ static inline bool json_scan_number(Json *j) {
     if (zero && whole > 1) return json_fail(j, start, "found a number that begins with 0");
     if (j->at < j->size && j->text[j->at] == '.') {
         j->at++;
-        if (!json_digits(j)) return json_fail(j, start, "expected digits behind the point");
+        if (!json_digits(j)) return json_fail(j, start, "expected digits after the point");
     }
     if (j->at < j->size && (j->text[j->at] == 'e' || j->text[j->at] == 'E')) {
         j->at++;

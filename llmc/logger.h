@@ -3,10 +3,10 @@
 // log.csv has one row a step, with the columns of LOG_HEADER; a value that a step does not have
 // (NaN) is left empty. Row s is the step from s to s + 1 updates. Loss and gradient norm come again
 // as hexadecimal floats: equal text means equal bits. A run that resumes at step s cuts the
-// rows from s on, and torn ones, and goes on behind the rest: the file reads as if nothing had
+// rows from s on, and torn ones, and goes on after the rest: the file reads as if nothing had
 // happened.
 //
-// A disk that is full must not stop a run: a row that can not be written gives one warning and is
+// A disk that is full must not stop a run: a row that cannot be written gives one warning and is
 // lost; every later step tries again. run.json says what was started, as strings; of a run that was
 // resumed, the latest start.
 #ifndef LLMC_LOGGER_H
@@ -218,11 +218,12 @@ static inline uint64_t log_peak_memory(void) {
     return getrusage(RUSAGE_SELF, &usage) ? 0 : (uint64_t)usage.ru_maxrss * 1024;
 }
 
-// One step: a row in log.csv and a line on stdout. The time that is left counts what went by since
-// the first step began, validations and saves included.
+// One step: a row in log.csv and a line on stdout, but for a row without any loss. The time that is
+// left counts what went by since the first step began, validations and saves included.
 static inline void log_row(Logger *log, const LogRow *r) {
     char line[LOG_LINE_MAX];
     log_append(log, r);
+    if (isnan(r->loss) && isnan(r->val_loss)) return;
     double done = (double)(r->step + 1 - log->first), left = (double)(log->total - r->step - 1);
     if (r->step == log->first) log->started = log_seconds() - 1e-3 * r->ms;
     double eta = (log_seconds() - log->started) / done * left;

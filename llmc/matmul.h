@@ -17,7 +17,7 @@
 //            strip of b: k = 0: NR numbers, k = 1: NR numbers, ...   16 KB; one fits L1
 //     2. for each strip of b and each strip of a computes a tile: MR x NR sums, in registers
 //
-// Threads share nothing but the input. The sum behind each element of c runs through k upward in
+// Threads share nothing but the input. The sum of each element of c runs through k upward in
 // steps of KC, whatever the blocks: the bits depend neither on the number of threads nor on M, N.
 #ifndef LLMC_MATMUL_H
 #define LLMC_MATMUL_H

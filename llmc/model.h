@@ -7,7 +7,7 @@
 // The table lists each tensor's name, shape, both initial distributions and optimizer group.
 // Memory, initialisation, optimizer, checkpoint, dump and the printed summary walk it; nothing
 // knows a tensor by its number. Its order is the order in memory, block by block: embedding and
-// smear, each layer, lambdas and head. wq, wk, wv of a layer lie one behind the other, so that one
+// smear, each layer, lambdas and head. wq, wk, wv of a layer lie one after the other, so that one
 // (3C, C) matmul serves all three.
 #ifndef LLMC_MODEL_H
 #define LLMC_MODEL_H
@@ -32,8 +32,8 @@ typedef struct {
     int L, C, H, D, F, V, Vp, T;
     int bos;        // token that starts a document
     bool doc_mask;  // attention and smear stay inside a document
-    int window
-        [MODEL_MAX_LAYERS];  // W_i: a query of layer i sees the W_i keys before it, and itself
+    // W_i: a query of layer i sees the W_i keys before it, and itself
+    int window[MODEL_MAX_LAYERS];
 } Config;
 
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -86,7 +86,7 @@ static inline Config config_from_flags(const Flags *f, int vocab, int bos) {
     if (c.D > 32768)
         die(EXIT_USAGE, "--heads %d: found C/H = %d, expected at most 32768", c.H, c.D);
     if (c.C < SMEAR_CHANNELS || c.C % 8)
-        die(EXIT_USAGE, "--channels: found %d, expected a multiple of 8 from %d on", c.C,
+        die(EXIT_USAGE, "--channels: found %d, expected a multiple of 8, at least %d", c.C,
             SMEAR_CHANNELS);
     if (c.V < vocab)
         die(EXIT_USAGE, "--vocab: found %d, expected at least %d, the tokenizer's", c.V, vocab);
@@ -143,8 +143,8 @@ typedef enum {
 typedef enum { INIT_RAMP, INIT_UNIFORM, INIT_NORMAL } InitKind;
 typedef struct {
     InitKind kind;
-    double a,
-        b;  // ramp: from a to b over the elements; uniform: a .. b; normal: standard deviation a
+    // ramp: from a to b over the elements; uniform: a .. b; normal: standard deviation a
+    double a, b;
 } Init;
 
 typedef struct {
@@ -169,7 +169,7 @@ typedef struct {
     size_t numel;        // elements of the parameter arena
     size_t state_numel;  // elements of the arena of second optimizer states
     size_t params;       // parameters: the sum of rows * cols, padding rows included
-    int blocks;          // L + 2: before the layers, each layer, behind them
+    int blocks;          // L + 2: before the layers, each layer, after them
     size_t block_offset[MODEL_MAX_LAYERS + 3];  // (blocks + 1): where each starts, and the end
 } Table;
 
@@ -223,7 +223,7 @@ static inline Init init_normal(double std) {
 }
 
 // Builds the table; table_free releases it. The second Init of each row is --init test's: at the
-// default one wo = wproj = 0 silence most of the network, so it can not be compared there.
+// default one wo = wproj = 0 silence most of the network, so it cannot be compared there.
 static inline void table_init(Table *t, const Config *c) {
     int C = c->C, F = c->F, L = c->L, H = c->H, Vp = c->Vp;
     double b = sqrt(3.0 / C), bf = sqrt(3.0 / F);
@@ -289,7 +289,7 @@ static inline int tensor_place(const Tensor *x, size_t element) {
 }
 
 // The tensor of an arena in which something not finite arose: of those with such an element the
-// first that forward comes to, or, for gradients, backward, as one spoils all behind it. NULL: none.
+// first that forward comes to, or, for gradients, backward, as one spoils all after it. NULL: none.
 static inline const Tensor *table_find_nonfinite(const Table *t, const float *arena /* (numel) */,
                                                  bool backward) {
     const Tensor *found = NULL;

@@ -7,7 +7,7 @@
 // and makes rows of T+1 tokens (inputs row[0..T), targets row[1..T]):
 //     bestfit   documents in file order go through the buffer of packing.h; each row starts with a
 //               BOS; tokens before a shard's first BOS are a document, with a BOS put before it;
-//               those of epoch e+1 follow right behind those of epoch e, but wait until none of
+//               those of epoch e+1 follow right after those of epoch e, but wait until none of
 //               epoch e-1 is left in the buffer
 //     stream    row r of a shard is its tokens [rT, rT+T]
 // Documents longer than a row gather in the buffer, as they never fit. Were it to drain at the end
@@ -35,7 +35,7 @@
 #include "llmc/shards.h"   // shards_open, shards_read, shards_scan
 
 typedef struct {
-    const char *pattern;  // files or patterns, separated by commas or spaces
+    const char *pattern;  // files or patterns, separated by commas
     int T, V, bos;        // tokens a row, size of the vocabulary, the token that starts a document
     bool bestfit;         // else stream
     bool keep_tails;      // bestfit: the tail of a cropped document is packed again
@@ -225,7 +225,7 @@ static inline int rows_seek_stream(Rows *s, uint64_t number) {
     return 0;
 }
 
-// Goes behind the first `number` rows; `epoch` is that of the last of them. Returns early, and
+// Goes to the row after the first `number`; `epoch` is that of the last of them. Returns early, and
 // nowhere, when another thread sets *stop. A number that the epochs cannot hold is refused at once
 // (each row has one BOS at most that no shard has, a tail's, so T of its tokens are an epoch's),
 // any other that is not of this epoch when it is found.
@@ -276,10 +276,10 @@ static inline int rows_require_one(const Rows *s) {
     int64_t found = c->bestfit ? rows_tokens(s) : longest;
     if (found > c->T) return 0;
     return shards_fail(
-        "%s: byte 8: found %lld tokens in %s of %d shards, expected at least %d for one "
+        "%s: byte 8: found %lld tokens in %s of %d shard%s, expected at least %d for one "
         "row; give more text or a smaller --seq-len",
         s->shards.shard[0].file.path, (long long)found, c->bestfit ? "all" : "the longest",
-        s->shards.count, c->T + 1);
+        s->shards.count, s->shards.count == 1 ? "" : "s", c->T + 1);
 }
 
 static inline void rows_free(Rows *s) {

@@ -1,7 +1,7 @@
 // run.h: a run of training from start to end: everything around the model, for both trainers.
 //
 //     configure     flags, tokenizer, shape, plan           --dry-run prints them and ends
-//     open          shards, the model's memory, --resume    --dump does one step and ends
+//     open          shards, --out, the model, --resume      --dump does one step and ends
 //     train         validate, sample, step, log, save; until the last step, or told to stop
 //     close
 //
@@ -73,7 +73,7 @@ typedef struct {
     const char *bad_tensor;  // whose gradient was the first not to be; NULL: none, or the loss was
     int64_t bad_row;         // first of the step's rows whose loss is not finite, or -1
     LoaderOrigin origin;     // of that row, else of the step's first
-    LoaderState at;          // the loader behind the step's rows (it may have been read ahead)
+    LoaderState at;          // the loader after the step's rows (it may have been read ahead)
 } StepResult;
 typedef struct {
     int *tokens, *targets;  // (batch) each
@@ -87,7 +87,7 @@ StepResult model_step(Model *, Loader *, const Phase *, const Plan *, const Flag
 void model_losses(Model *, const int *inputs /* (rows, T) */, const int *targets /* (rows, T) */,
                   int rows, int T, const Phase *, double *losses /* (rows, T) */);
 
-// Logits, capped, behind the last of up to T tokens.
+// Logits, capped, after the last of up to T tokens.
 void model_logits(Model *, const int *tokens /* (count) */, int count, const Phase *,
                   float *logits /* (V) */);
 
@@ -108,9 +108,10 @@ typedef struct {
     Model *model;
     ModelFacts facts;
     Loader loader;          // of --train
-    LoaderState at;         // its place behind the steps done
+    LoaderState at;         // its place after the steps done
     LoaderVal val;          // of --val, when it is given
     Logger log;             // of --out, when it is given
+    IoFile lock;            // of --out: no other process runs there
     int *inputs, *targets;  // (micro_rows, T) each: validation and samples
     double *losses;         // (micro_rows, T)
     float *logits;          // (V)
@@ -118,6 +119,37 @@ typedef struct {
     int64_t tokens;         // tokens trained on in them
     double clock;           // when the last step, or what came between steps, ended
 } Run;
+
+// Exits 2 on flags that ask for what cannot be; warns of those without effect.
+static inline void run_check_flags(const Run *r) {
+    const Flags *f = &r->flags;
+    const char *length = f->steps ? "steps" : "tokens";  // what says how long the run is
+    if (*f->prompt && !r->has_tokenizer)
+        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
+    if (*f->prompt) tokenizer_require_encode(&r->tokenizer);
+    if (f->sample_every && !r->has_tokenizer)
+        die(EXIT_USAGE, "--sample-every: found %d, but --tokenizer none; name one",
+            f->sample_every);
+    if (f->save_every && !*f->out)
+        die(EXIT_USAGE, "--save-every: found %d, but no --out to save in; name a folder",
+            f->save_every);
+    if (f->steps && f->tokens) warn("--tokens is not used: --steps says how long the run is");
+    if ((f->steps || f->tokens) &&
+        f->ratio != atof(args_find((Arg *)r->args, FLAGS_COUNT, "ratio")->fallback))
+        warn("--ratio is not used: --%s says how long the run is", length);
+}
+
+// A micro-batch must divide the batch, which may leave it far smaller than it could be.
+static inline void run_check_micro_batch(const Run *r) {
+    int64_t rows = r->plan.batch / r->cfg.T, most = model_micro_tokens(&r->cfg, r->flags.recompute) / r->cfg.T;
+    if (most > rows) most = rows;
+    if (r->flags.micro_batch || 2 * r->plan.micro_rows >= most) return;
+    warn("micro-batches of %d row%s, where %lld would fit: the %lld rows of --batch-tokens %lld "
+         "have "
+         "no larger divisor up to there; choose a number of rows that has",
+         r->plan.micro_rows, r->plan.micro_rows == 1 ? "" : "s", (long long)most, (long long)rows,
+         (long long)r->plan.batch);
+}
 
 // Everything that flags decide, before memory is taken or data opened.
 static inline void run_configure(Run *r, int argc, char **argv) {
@@ -128,13 +160,12 @@ static inline void run_configure(Run *r, int argc, char **argv) {
     r->test_init = flags_choice("init", f->init, "default test") == 1;
     r->flags_text = args_line(r->args, FLAGS_COUNT);
     r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
-    if (r->has_tokenizer)
-        tokenizer_init(&r->tokenizer, f->tokenizer);
-    else if (*f->prompt)
-        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
+    if (r->has_tokenizer) tokenizer_init(&r->tokenizer, f->tokenizer);
+    run_check_flags(r);
     r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
                                r->has_tokenizer ? r->tokenizer.bos : -1);
     r->plan = plan_from_flags(f, &r->cfg, 1, model_micro_tokens(&r->cfg, f->recompute));
+    run_check_micro_batch(r);
     table_init(&r->table, &r->cfg);
 }
 
@@ -196,6 +227,28 @@ static inline bool run_save(Run *r) {
     return saved;
 }
 
+// Names the flags that shape the training, all rows of the table before --out, and are not those of
+// the save. (Of --train it is the shards that count: loader_restore compares them.)
+static inline void run_compare_flags(const Run *r, const char *saved) {
+    char *text = NULL;
+    size_t size = 0;
+    int changed = 0;
+    FILE *list = saved ? open_memstream(&text, &size) : NULL;
+    if (!list) return;
+    for (const Arg *arg = r->args; strcmp(arg->name, "out"); arg++) {
+        char *line = die_strdup(saved, "the save's flags"), now[64];
+        const char *was;
+        if (strcmp(arg->name, "train") && args_changed(arg, line, &was))
+            fprintf(list, "%s--%s %s (was %s)%s", changed++ ? ", " : "", arg->name,
+                    args_text(arg, now, sizeof now), *was ? was : "empty",
+                    strcmp(arg->name, "seed") ? "" : ": the order of the data stays the save's");
+        free(line);
+    }
+    fclose(list);
+    if (changed) warn("--resume goes on with other flags than the save's: %s", text);
+    free(text);
+}
+
 // --resume: parameters, optimizer, place in the data and step of a save, when there is one.
 static inline void run_resume(Run *r) {
     char folder[IO_PATH_MAX];
@@ -212,8 +265,9 @@ static inline void run_resume(Run *r) {
                       meta.loader_fingerprint};
     loader_restore(&r->loader, at, ckpt_find_note(&meta, "shards"));
     r->step = meta.step, r->tokens = meta.tokens;
-    printf("resumed from %s: %lld steps, %lld tokens\n", folder, (long long)r->step,
-           (long long)r->tokens);
+    printf("resumed from %s: %lld step%s, %lld tokens\n", folder, (long long)r->step,
+           r->step == 1 ? "" : "s", (long long)r->tokens);
+    run_compare_flags(r, ckpt_find_note(&meta, "flags"));
     if (r->step > r->plan.steps)
         die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder,
             (long long)r->step, (long long)r->plan.steps);
@@ -221,20 +275,47 @@ static inline void run_resume(Run *r) {
     free(params), free(states);
 }
 
-// Makes --out, and sees that it holds no save of a later step than the one this run begins at: the
-// newest counts, and --keep removes the oldest, so the run would lose its own saves. (After
-// --resume auto only damaged ones can be newer.)
-static inline void run_prepare_out(const Run *r) {
+// Exits 2 where no file can be made with that name; a full disk may have room again by then.
+static inline void run_probe(const char *flag, const char *folder, const char *name) {
+    char path[2 * IO_PATH_MAX];
+    IoFile f;
+    snprintf(path, sizeof path, "%s%s", folder, name);
+    bool failed = io_create(&f, path) || io_close(&f);
+    if (failed && !io_disk_full())
+        die(EXIT_USAGE, "--%s: %s; choose another place", flag, io_error);
+    unlink(path);
+}
+
+// Makes --out and takes it for this process alone. What can never be written is found here, and not
+// when the steps are done.
+static inline void run_claim_out(Run *r) {
+    const Flags *f = &r->flags;
+    char path[IO_PATH_MAX];
+    if (*f->dump) run_probe("dump", f->dump, ".tmp");
+    if (*f->dump || !*f->out) return;
+    if (io_make_dir(f->out)) die(EXIT_USAGE, "--out: %s", io_error);
+    run_probe("out", f->out, "/probe.tmp");
+    ckpt_join(path, f->out, "lock");
+    int held = io_lock(&r->lock, path);
+    if (held > 0)
+        die(EXIT_USAGE,
+            "--out %s: another process is running there; stop it, or choose another folder",
+            f->out);
+    if (held < 0) warn("--out %s: another process may start there, too: %s", f->out, io_error);
+}
+
+// Sees that --out holds no save of a later step than the one this run begins at: the newest counts,
+// and --keep removes the oldest, so the run would lose its own saves. (After --resume auto only
+// damaged ones can be newer.)
+static inline void run_check_saves(const Run *r) {
     CkptEntry *saves = NULL;
-    if (!*r->flags.out) return;
-    if (io_make_dir(r->flags.out)) die(EXIT_USAGE, "--out: %s", io_error);
-    if (!strcmp(r->flags.resume, "auto")) return;
+    if (!*r->flags.out || !strcmp(r->flags.resume, "auto")) return;
     int count = ckpt_list(r->flags.out, &saves);
     if (count < 0) die(EXIT_CHECKPOINT, "--out: cannot look for saves: %s", io_error);
     if (count > 0 && saves[0].step > r->step)
         die(EXIT_USAGE,
-            "--out: found the save %s, expected none behind step %lld, where this run begins; go "
-            "on with --resume auto, or choose another folder",
+            "--out: found the save %s, expected none later than step %lld, where this run begins; "
+            "go on with --resume auto, or choose another folder",
             saves[0].path, (long long)r->step);
     free(saves);
 }
@@ -265,6 +346,18 @@ static inline void run_validate(Run *r, LogRow *row) {
     if (bytes) row->val_bpb = text_nats / (log(2) * (double)bytes);
 }
 
+// Prints text, (n) bytes of anything, so that no terminal takes a part of it for a command: control
+// characters but for newline and tab, and what is not UTF-8, as \xNN.
+static inline void run_print_text(const uint8_t *s, size_t n) {
+    for (size_t at = 0, size; at < n; at += size) {
+        bool valid = (size = tokenizer_utf8(s + at, n - at)) != 0;
+        bool control = (s[at] < 0x20 && s[at] != '\n' && s[at] != '\t') || s[at] == 0x7F ||
+                       (size == 2 && s[at] == 0xC2 && s[at + 1] < 0xA0);
+        if (!valid) size = 1;
+        for (size_t i = at; i < at + size; i++) printf(control || !valid ? "\\x%02X" : "%c", s[i]);
+    }
+}
+
 // Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text.
 // Each token costs a forward pass over the last T: short, and it tests the very code that trains.
 static inline void run_sample(Run *r) {
@@ -276,7 +369,6 @@ static inline void run_sample(Run *r) {
     tokenizer_append(&list, (uint32_t)r->cfg.bos);
     tokenizer_encode(&r->tokenizer, f->prompt, strlen(f->prompt), &list);
     RandKey key = {(uint32_t)f->seed, (uint32_t)r->step, RAND_SAMPLE};
-    printf("sample: %s", f->prompt);
     for (int i = 0; i < f->sample_tokens; i++) {
         int count = list.count < (size_t)T ? (int)list.count : T;
         for (int t = 0; t < count; t++) r->inputs[t] = list.ids[list.count - (size_t)(count - t)];
@@ -284,13 +376,21 @@ static inline void run_sample(Run *r) {
         int next = sampler_pick(r->logits, r->cfg.V, f->temperature, f->top_k,
                                 rand_uniform(key, (uint64_t)i));
         if (next == r->cfg.bos) break;
-        size_t bytes;
-        const uint8_t *text = tokenizer_decode(&r->tokenizer, next, &bytes);
-        fwrite(text, 1, bytes, stdout);
         tokenizer_append(&list, (uint32_t)next);
     }
+    char *text = NULL;
+    size_t size = 0, bytes;
+    FILE *out = open_memstream(&text, &size);
+    if (!out) die(EXIT_INTERNAL, "out of memory for a sample");
+    for (size_t i = 1; i < list.count; i++) {
+        const uint8_t *token = tokenizer_decode(&r->tokenizer, list.ids[i], &bytes);
+        fwrite(token, 1, bytes, out);
+    }
+    fclose(out);
+    printf("sample: ");
+    run_print_text((const uint8_t *)text, size);
     printf("\n");
-    free(list.ids);
+    free(text), free(list.ids);
 }
 
 // --- steps -------------------------------------------------------------------------------------
@@ -347,6 +447,8 @@ static inline int run_train(Run *r) {
         if (sample) run_sample(r);
         if (validate || sample || r->step == first) r->clock = log_seconds();
         if (!last) run_step(r, &row);
+        if (r->step == first + 2)  // now all kernels are loaded
+            r->log.memory = model_facts(r->model).memory;
         log_row(&r->log, &row);
         if (last) break;
         if (r->step == first + 1)
@@ -362,7 +464,7 @@ static inline int run_train(Run *r) {
         die(EXIT_CHECKPOINT, "step %lld, the last one, is not saved; the warning above says why",
             (long long)r->step);
     if (asked != STOP_END) return EXIT_OK;
-    printf("stopped behind step %lld, as asked; %s\n", (long long)r->step,
+    printf("stopped after step %lld, as asked; %s\n", (long long)r->step,
            *f->out ? "it is saved, and --resume auto goes on from it"
                    : "nothing is saved, since there is no --out to go on from");
     return EXIT_PREEMPTED;
@@ -411,7 +513,18 @@ static inline void run_dump(Run *r) {
 
 // --- from start to end -------------------------------------------------------------------------
 
-// Opens the data, takes memory, and goes to the save to resume from.
+// Warns when the validation shard, by its tokens' number and hash, is one of the training shards.
+static inline void run_check_val(const Run *r) {
+    const ShardList *train = &r->loader.rows.shards;
+    if (!*r->flags.val) return;
+    const Shard *val = &r->val.shards.shard[0];
+    for (int i = 0; i < train->count; i++)
+        if (train->shard[i].tokens == val->tokens && train->shard[i].hash == val->hash)
+            warn("--val: %s is also trained on, as %s: its loss says nothing of new text",
+                 val->file.path, train->shard[i].file.path);
+}
+
+// Opens the data, takes --out and memory, and goes to the save to resume from.
 static inline void run_open(Run *r) {
     const Flags *f = &r->flags;
     if (!*f->train)
@@ -425,6 +538,8 @@ static inline void run_open(Run *r) {
     if (*f->val)
         loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
                         f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
+    run_check_val(r);
+    run_claim_out(r);
     model_init(r->model, &r->cfg, &r->plan, (uint32_t)f->seed, r->test_init);
     size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
     r->inputs = (int *)die_alloc(tokens, sizeof(int), "tokens");
@@ -447,10 +562,11 @@ static inline void run_log_open(Run *r) {
     if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts))
         warn("run.json is not written: %s", io_error);
     printf("%s %s\n", r->facts.program, r->flags_text);
-    printf("%zu parameters, matrix parameters P %.0f; %lld steps of %lld tokens, %lld tokens in "
+    printf("%zu parameters, matrix parameters P %.0f; %lld step%s of %lld tokens, %lld tokens in "
            "the shards\n",
            r->table.params, config_matrix_params(&r->cfg), (long long)r->plan.steps,
-           (long long)r->plan.batch, (long long)r->loader.rows.shards.tokens);
+           r->plan.steps == 1 ? "" : "s", (long long)r->plan.batch,
+           (long long)r->loader.rows.shards.tokens);
     if (r->facts.peak_flops > 0)
         printf("mfu: %.4g FLOPs a token (PaLM's count; %.4g for only the keys a query sees) of the "
                "%.0f TFLOP/s of %s\n",
@@ -464,6 +580,7 @@ static inline void run_close(Run *r) {
     loader_free(&r->loader);
     model_free(r->model);
     table_free(&r->table);
+    io_close(&r->lock);
     free(r->inputs), free(r->targets), free(r->losses), free(r->logits), free(r->flags_text);
     args_free();
 }
@@ -472,7 +589,7 @@ static inline void run_close(Run *r) {
 static inline int run_main(Model *model, int argc, char **argv) {
     static Run run;
     int code = EXIT_OK;
-    run.started = log_seconds(), run.model = model;
+    run.started = log_seconds(), run.model = model, run.lock.fd = -1;
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);  // what is said is seen, in a file, too
     stop_listen();
     run_configure(&run, argc, argv);
@@ -484,7 +601,7 @@ static inline int run_main(Model *model, int argc, char **argv) {
     if (*run.flags.dump) {
         run_dump(&run);
     } else {
-        run_prepare_out(&run);
+        run_check_saves(&run);
         run_log_open(&run);
         code = run_train(&run);
         log_close(&run.log);

@@ -6,7 +6,7 @@
 //
 // The header maps each name to {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, the
 // offsets counted from 8 + H, and "__metadata__" to an object of strings. Files written here carry
-// their checksums there, where other readers of the format pass over them:
+// their checksums there, where other readers of the format ignore them:
 //     "header_crc32c"    CRC-32C of the H bytes, computed with these 8 digits as 00000000
 //     "crc32c.<tensor>"  CRC-32C of the tensor's bytes
 // A file without them (another program's) is read, too, but then nothing guards its bits.
@@ -26,7 +26,7 @@
 
 #include "llmc/crc32c.h"  // crc32c, crc32c_sealed
 #include "llmc/die.h"     // die_alloc
-#include "llmc/io.h"      // io_create, io_write, io_read_at, io_rename, io_error
+#include "llmc/io.h"      // io_write_parts, io_open_read, io_read_at, io_error
 #include "llmc/json.h"    // Json, JsonText, JsonPair
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -80,7 +80,7 @@ typedef struct {
     const StTensor **by_name;  // (count), sorted
     int count;
     bool has_metadata;
-    Json metadata;  // in front of the value of __metadata__
+    Json metadata;  // before the value of __metadata__
     bool sealed;    // header and tensors have checksums, and the header's is right
     uint32_t header_crc;
 } StFile;
@@ -171,26 +171,20 @@ static inline void st_lay_out(StTensor *tensors, int n) {
 // not be the two of the checksums. Sets begin, end and crc of the tensors.
 static inline int st_write(const char *path, StTensor *tensors, int n, const JsonPair *pairs,
                            int pair_count) {
-    char beside[IO_PATH_MAX];
-    if (snprintf(beside, sizeof beside, "%s.tmp", path) >= (int)sizeof beside) {
-        errno = ENAMETOOLONG;
-        return io_fail("create", path);
-    }
     st_lay_out(tensors, n);
     JsonText header = st_header(tensors, n, pairs, pair_count);
     uint64_t size = header.size;
-    IoFile f;
-    bool failed = io_create(&f, beside) || io_write(&f, &size, sizeof size) ||
-                  io_write(&f, header.text, header.size);
-    for (int i = 0; i < n && !failed; i++)
-        failed = io_write(&f, tensors[i].data, (size_t)(tensors[i].end - tensors[i].begin));
-    failed = failed || io_sync(&f);
+    IoPart *parts = (IoPart *)die_alloc((size_t)n + 2, sizeof *parts, "the parts of a file");
+    parts[0].data = &size, parts[0].size = sizeof size;
+    parts[1].data = header.text, parts[1].size = header.size;
+    for (int i = 0; i < n; i++) {
+        parts[i + 2].data = tensors[i].data;
+        parts[i + 2].size = (size_t)(tensors[i].end - tensors[i].begin);
+    }
+    int failed = io_write_parts(path, parts, n + 2);
+    free(parts);
     json_text_free(&header);
-    if (failed && f.fd >= 0) close(f.fd);
-    failed = failed || io_close(&f);
-    if (!failed && io_rename(beside, path) == 0) return 0;
-    unlink(beside);
-    return -1;
+    return failed;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -223,7 +217,7 @@ static inline bool st_parse_dtype(Json *j, StDtype *dtype) {
     return json_fail(j, at, "found a dtype that is not known here");
 }
 
-// The value behind a tensor's name.
+// The value after a tensor's name.
 static inline bool st_parse_tensor(Json *j, StTensor *t) {
     char key[16];
     int dtypes = 0, shapes = 0, offsets = 0, bounds = 0;

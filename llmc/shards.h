@@ -18,7 +18,7 @@
 #include <glob.h>
 #include <stdarg.h>
 
-#include "llmc/die.h"  // die_alloc
+#include "llmc/die.h"  // die, die_alloc, die_strdup
 #include "llmc/io.h"   // io_open_read, io_read_at, io_error
 
 #define SHARD_MAGIC      20240520
@@ -83,32 +83,37 @@ static inline int shards_path_order(const void *a, const void *b) {
 // Adds the files that one pattern stands for.
 static inline int shards_glob(const char *pattern, char ***paths, int *count) {
     glob_t found;
-    if (glob(pattern, 0, NULL, &found))
-        return shards_fail(
-            "%s: found no such file, expected token shards: a file or a pattern such as "
-            "'data/train_*.bin', several separated by commas",
-            pattern);
-    size_t all = (size_t)*count + found.gl_pathc;
-    *paths = (char **)realloc(*paths, all * sizeof **paths);
-    if (!*paths) die(EXIT_INTERNAL, "out of memory for the names of %zu shards", all);
-    for (size_t i = 0; i < found.gl_pathc; i++) (*paths)[(*count)++] = strdup(found.gl_pathv[i]);
+    memset(&found, 0, sizeof found);
+    int failed = glob(pattern, 0, NULL, &found);
+    if (failed == GLOB_NOSPACE) die(EXIT_INTERNAL, "out of memory for the files of %s", pattern);
+    size_t all = (size_t)*count + (failed ? 0 : found.gl_pathc);
+    if (!failed) *paths = (char **)realloc(*paths, all * sizeof **paths);
+    if (!failed && !*paths) die(EXIT_INTERNAL, "out of memory for the names of %zu shards", all);
+    for (size_t i = 0; !failed && i < found.gl_pathc; i++)
+        (*paths)[(*count)++] = die_strdup(found.gl_pathv[i], "the name of a shard");
     globfree(&found);
-    return 0;
+    if (!failed) return 0;
+    return shards_fail("%s: found no such file, expected token shards: a file or a pattern such as "
+                       "'data/train_*.bin', several separated by commas",
+                       pattern);
 }
 
-// The files that a list of patterns stands for, by name, each once. The caller frees them, also on
-// an error. A path that is there as it stands is taken as one file, whatever signs it holds.
+// The files that patterns stand for, by name, each once. Commas separate them, with white space
+// after them or none; other white space is part of a name. The caller frees them, also on an error.
+// A path that is there as it stands is taken as one file, whatever signs it holds.
 static inline int shards_match(const char *patterns, char ***paths, int *count) {
     *paths = NULL, *count = 0;
     if (*patterns && io_exists(patterns)) {
         *paths = (char **)die_alloc(1, sizeof **paths, "the name of a shard");
-        (*paths)[(*count)++] = strdup(patterns);
+        (*paths)[(*count)++] = die_strdup(patterns, "the name of a shard");
         return 0;
     }
-    char *text = strdup(patterns), *rest = text;
+    char *text = die_strdup(patterns, "the names of shards"), *rest = text;
     int failed = 0;
-    for (char *one; !failed && (one = strtok_r(rest, ", \t\n", &rest));)
-        failed = shards_glob(one, paths, count);
+    for (char *one; !failed && (one = strtok_r(rest, ",", &rest));) {
+        one += strspn(one, " \t\n");
+        if (*one) failed = shards_glob(one, paths, count);
+    }
     free(text);
     if (failed) return -1;
     if (!*count)
@@ -166,12 +171,12 @@ static inline int shards_check(const char *path, const int32_t *header, int64_t 
     if (header[0] != SHARD_MAGIC)
         return shards_fail(
             "%s: byte 0: found magic number %d, expected %d; this is not a token shard, "
-            "dev/data/tokenize makes them",
+            "build/tokenize makes them from text",
             path, (int)header[0], SHARD_MAGIC);
     if (header[1] != SHARD_VERSION)
         return shards_fail(
-            "%s: byte 4: found version %d, expected %d (16-bit tokens); make the shard "
-            "again with dev/data/tokenize",
+            "%s: byte 4: found version %d, expected %d (16-bit tokens); build/tokenize makes such "
+            "shards from text",
             path, (int)header[1], SHARD_VERSION);
     if (header[2] <= 0)
         return shards_fail(

@@ -18,9 +18,9 @@
 // decoding gives them back exactly.
 //
 // The ids are those of OpenAI's tiktoken, for bytes that are not UTF-8 too (its _encode_bytes): the
-// text before the first bad byte is split as always, then its last piece and all behind it are one
+// text before the first bad byte is split as always, then its last piece and all after it are one
 // piece. (White space before that piece, which tiktoken adds to it, changes no id: in GPT-2's
-// vocabulary a space never stands behind white space.)
+// vocabulary a space never stands after white space.)
 //
 // The splitting pattern needs Unicode's letters and numbers: the library PCRE2, compiled in with
 // -DUSE_PCRE2. Without it everything but tokenizer_encode for GPT-2's tokens works. A letter that
@@ -57,7 +57,7 @@ typedef struct {
 typedef struct {
     int vocab;              // V: ids are 0 .. V-1
     int bos;                // the separator before each document, never made by encoding
-    uint8_t *bytes;         // the tokens' bytes, one token behind the other
+    uint8_t *bytes;         // the tokens' bytes, one token after the other
     uint32_t *start;        // (V + 1) token id is bytes[start[id]] .. bytes[start[id + 1] - 1]
     uint32_t byte_id[256];  // the token of one byte
     uint32_t longest;       // bytes of the longest token
@@ -257,7 +257,7 @@ static inline pcre2_code *tokenizer_pattern(void) {
     pcre2_code *compiled = pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED,
                                          PCRE2_UTF | PCRE2_ANCHORED, &code, &offset, NULL);
     if (!compiled) die(EXIT_INTERNAL, "PCRE2 refused the splitting pattern: code %d", code);
-    pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // where it can not, matching is slower
+    pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // where it cannot, matching is slower
     return compiled;
 }
 #endif
@@ -452,7 +452,7 @@ static inline size_t tokenizer_split(const Tokenizer *t, TokenizerHeap *h, const
 }
 
 // Takes back the last `last` tokens, those of the last piece before the first bad byte, and encodes
-// their bytes and all behind them, s[good] .. s[n - 1], as one piece.
+// their bytes and all after them, s[good] .. s[n - 1], as one piece.
 static inline void tokenizer_bad_tail(const Tokenizer *t, TokenizerHeap *h, const uint8_t *s,
                                       size_t n, size_t good, size_t last, TokenList *out) {
     for (; last; last--) {
@@ -463,11 +463,23 @@ static inline void tokenizer_bad_tail(const Tokenizer *t, TokenizerHeap *h, cons
 }
 #endif
 
+// Exits when this program cannot encode text with the tokenizer.
+static inline void tokenizer_require_encode(const Tokenizer *t) {
+#ifndef USE_PCRE2
+    if (t->slots)
+        die(EXIT_USAGE,
+            "this program was built without PCRE2, which splits text for this tokenizer; install "
+            "libpcre2-dev and build again, or use --tokenizer bytes");
+#endif
+    (void)t;
+}
+
 // Appends the tokens of text, (n) bytes of anything. Exits when n is over TOKENIZER_MAX_TEXT, or
 // PCRE2 is needed and was not compiled in. Several threads may share one Tokenizer.
 static inline void tokenizer_encode(const Tokenizer *t, const void *text, size_t n,
                                     TokenList *out) {
     const uint8_t *s = (const uint8_t *)text;
+    if (!n) return;
     if (n > TOKENIZER_MAX_TEXT)
         die(EXIT_DATA, "found a text of %zu bytes, expected at most 2^31; split it", n);
     if (!t->slots) {
@@ -482,8 +494,7 @@ static inline void tokenizer_encode(const Tokenizer *t, const void *text, size_t
     free(heap.parts);
     free(heap.heap);
 #else
-    die(EXIT_USAGE, "this program was built without PCRE2, which splits text for this tokenizer; "
-                    "install libpcre2-dev and build again, or use --tokenizer bytes");
+    tokenizer_require_encode(t);
 #endif
 }
 

@@ -32,7 +32,7 @@ static void fill_alphabet(void) {
     }
 }
 
-// Adds what (n) bytes of UTF-8 in that alphabet spell to `token`. False when it can not be.
+// Adds what (n) bytes of UTF-8 in that alphabet spell to `token`. False when it cannot be.
 static bool append_spelled(Token *token, const char *s, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t step = tokenizer_utf8((const uint8_t *)s + i, n - i);

@@ -19,7 +19,7 @@
 #include "llmc/json.h"       // json_enter, json_more, json_string
 #include "llmc/rand.h"       // rand_uniform, RAND_SPLIT
 #include "llmc/shards.h"     // SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER
-#include "llmc/tokenizer.h"  // tokenizer_init, tokenizer_encode
+#include "llmc/tokenizer.h"  // tokenizer_init, tokenizer_require_encode, tokenizer_encode
 
 #define BATCH_BYTES    ((size_t)64 << 20)
 #define BATCH_COUNT    (1 << 16)
@@ -75,8 +75,10 @@ static void shard_write(Job *job, Split *split) {
     int32_t header[SHARD_HEADER / 4] = {SHARD_MAGIC, SHARD_VERSION, (int32_t)split->count};
     memcpy(split->shard, header, sizeof header);
     shard_path(job, split, path);
-    if (io_write_file(path, split->shard, SHARD_HEADER + 2 * split->count))
-        die(EXIT_DATA, "%s; make room and run this again", io_error);
+    if (io_write_file(path, split->shard, SHARD_HEADER + 2 * split->count)) {
+        if (io_disk_full()) die(EXIT_DATA, "%s; make room and run this again", io_error);
+        die(EXIT_USAGE, "--out: %s; choose another --out", io_error);
+    }
     printf("%s  %zu tokens\n", path, split->count);
     fflush(stdout);
     split->tokens += (int64_t)split->count;
@@ -125,12 +127,16 @@ static void batch_flush(Job *job) {
     job->batch_bytes = 0;
 }
 
-// Takes over `text`, (size) bytes from malloc, as the next document; `path` is for messages.
-static void document_add(Job *job, const char *path, char *text, size_t size) {
+static void document_require(const char *path, uint64_t size) {
     if (size > DOCUMENT_BYTES)
         die(EXIT_DATA,
-            "%s: found a document of %zu bytes, expected at most %zu; cut it, or give --split-on",
-            path, size, DOCUMENT_BYTES);
+            "%s: found a document of %llu bytes, expected at most %zu; cut it, or give --split-on",
+            path, (unsigned long long)size, DOCUMENT_BYTES);
+}
+
+// Takes over `text`, (size) bytes from malloc, as the next document; `path` is for messages.
+static void document_add(Job *job, const char *path, char *text, size_t size) {
+    document_require(path, size);
     if (!size) {
         free(text);
         job->empty++;
@@ -166,7 +172,7 @@ static void lines_close(Lines *l) {
     free(l->text);
 }
 
-// Reads the next block behind text[end). Returns false at the end of the file.
+// Reads the next block to text[end). Returns false at the end of the file.
 static bool lines_read(Lines *l) {
     uint64_t left = l->size - l->at;
     size_t want = left < LINE_BLOCK ? (size_t)left : LINE_BLOCK;
@@ -185,7 +191,7 @@ static bool lines_read(Lines *l) {
 
 // The next line, with its newline if it has one; valid until the next call. False at the end.
 static bool lines_next(Lines *l, char **line, size_t *size) {
-    size_t seen = 0;  // bytes behind begin known to hold no newline
+    size_t seen = 0;  // bytes from begin on known to hold no newline
     char *newline = NULL;
     do {
         size_t left = l->end - l->begin - seen;
@@ -275,6 +281,8 @@ static void read_jsonl(Job *job, const char *path) {
 static void read_whole(Job *job, const char *path) {
     char *text;
     size_t size;
+    struct stat st;
+    if (!stat(path, &st) && S_ISREG(st.st_mode)) document_require(path, (uint64_t)st.st_size);
     if (io_read_file(path, &text, &size)) die(EXIT_DATA, "%s", io_error);
     document_add(job, path, text, size);
 }
@@ -292,11 +300,13 @@ static void read_file(Job *job, const char *path) {
 // ---------------------------------------------------------------------------------------------
 // Folders.
 
-// True when the name ends in one of the endings ("c h md"), or there are none.
+// True when the name ends in one of the endings ("c .h *.md"), or there are none.
 static bool has_ending(const char *name, const char *endings) {
     const char *dot = strrchr(name, '.');
     if (!*endings) return true;
     for (size_t n; *endings; endings += n + strspn(endings + n, " ,")) {
+        endings += *endings == '*';
+        endings += *endings == '.';
         n = strcspn(endings, " ,");
         if (n && dot && strlen(dot + 1) == n && !memcmp(dot + 1, endings, n)) return true;
     }
@@ -306,7 +316,7 @@ static bool has_ending(const char *name, const char *endings) {
 // Adds a file, or the files of a folder and of those in it, to the list.
 static void find_files(const Job *job, const char *path, ArgList *files) {
     if (!io_is_dir(path)) {
-        args_append(files, strdup(path));
+        args_append(files, die_strdup(path, "the name of a file"));
         return;
     }
     char **names;
@@ -366,7 +376,7 @@ static void make_folder(const char *out) {
     if (io_make_dir(dir)) die(EXIT_USAGE, "--out: %s", io_error);
 }
 
-// Writes what is left of a split; says so when it stayed empty or older files lie behind its own.
+// Writes what is left of a split; says so when it stayed empty or older files come after its own.
 static void finish_split(Job *job, Split *split, bool wanted) {
     char path[IO_PATH_MAX];
     shard_write(job, split);
@@ -379,8 +389,8 @@ static void finish_split(Job *job, Split *split, bool wanted) {
 }
 
 static void print_split(const Split *s) {
-    printf("%-6s %lld documents, %lld tokens, %d shards\n", s->name, (long long)s->documents,
-           (long long)s->tokens, s->files);
+    printf("%-6s %lld document%s, %lld tokens, %d shard%s\n", s->name, (long long)s->documents,
+           s->documents == 1 ? "" : "s", (long long)s->tokens, s->files, s->files == 1 ? "" : "s");
 }
 
 static void print_summary(const Job *job, int files, double seconds) {
@@ -388,10 +398,9 @@ static void print_summary(const Job *job, int files, double seconds) {
     double bytes = (double)job->bytes, encoded = (double)(tokens - job->documents);
     print_split(&job->train);
     print_split(&job->val);
-    printf(
-        "all    %lld documents (%lld empty ones left out) of %d files, %lld bytes, %lld tokens\n",
-        (long long)job->documents, (long long)job->empty, files, (long long)job->bytes,
-        (long long)tokens);
+    printf("all    %lld document%s (%lld empty left out) of %d file%s, %lld bytes, %lld tokens\n",
+           (long long)job->documents, job->documents == 1 ? "" : "s", (long long)job->empty, files,
+           files == 1 ? "" : "s", (long long)job->bytes, (long long)tokens);
     printf("       %.3f bytes a token without BOS, %.1f s, %.1f MB/s\n", bytes / encoded, seconds,
            bytes / seconds * 1e-6);
 }
@@ -411,11 +420,14 @@ int main(int argc, char **argv) {
     job.train.name = "train", job.val.name = "val";
     job.batch = (Document *)die_alloc(BATCH_COUNT, sizeof *job.batch, "a batch of documents");
     tokenizer_init(&job.tokenizer, job.config.tokenizer);
+    tokenizer_require_encode(&job.tokenizer);
     make_folder(job.config.out);
     for (int i = 0; i < job.config.in.count; i++) find_files(&job, job.config.in.item[i], &files);
     for (int i = 0; i < files.count; i++) read_file(&job, files.item[i]);
     batch_flush(&job);
-    if (!job.documents) die(EXIT_DATA, "found no text in %d files, expected some", files.count);
+    if (!job.documents)
+        die(EXIT_DATA, "found no text in %d file%s, expected some", files.count,
+            files.count == 1 ? "" : "s");
     finish_split(&job, &job.train, job.config.val_fraction < 1);
     finish_split(&job, &job.val, job.config.val_fraction > 0);
     print_summary(&job, files.count, seconds_now() - start);

@@ -5,7 +5,7 @@
 //     build/diff runs/cpu build/train_gpt2cu                    runs/cpu: a folder with log.csv
 //     build/diff cpu.safetensors gpu.safetensors                made with --dump
 //
-// The first side is the reference. Programs run one after the other with the flags behind --, or
+// The first side is the reference. Programs run one after the other with the flags after --, or
 // with those of the recorded side, or on a small model of this repository's text. Four parts:
 //     losses    of --steps steps of training, from log.csv
 //     test      one step from --init test: loss, logits, every gradient, every updated parameter
@@ -46,7 +46,7 @@ typedef struct {
     char folder[IO_PATH_MAX];  // --keep, or a temporary one
     char **words;              // (word_count) the trainers' flags
     int word_count;
-    int64_t plan_steps;      // --steps among them, or 0
+    bool has_plan;           // they say how long a run is
     char save[IO_PATH_MAX];  // what both resume from, once it is known
     int losses, losses_failed, tensors, tensors_failed;
     double worst;  // largest part of what is allowed
@@ -141,12 +141,15 @@ static void part_run(const Diff *d, const Side *s, Part part) {
     } while (0)
     ADD(s->path);
     for (int i = 0; i < d->word_count; i++) ADD(d->words[i]);
-    ADD("--out=", "--dump=", "--dry-run=0", "--sample-tokens=0");
+    ADD("--out=", "--dump=", "--dry-run=0", "--save-every=0", "--sample-every=0",
+        "--sample-tokens=0");
     switch (part) {
     case PART_LOSSES:
         ADD("--resume=", "--out", s->folder);
-        count = d->plan_steps ? d->plan_steps : d->steps;
-        if (count > d->steps) stop_after = d->steps;
+        // The schedule is that of the flags' own number of steps. One more than are compared, as
+        // its row of the log has their last validation.
+        count = d->has_plan ? 0 : d->steps;
+        if (d->has_plan) stop_after = (int64_t)d->steps + 1;
         break;
     case PART_TEST:
         ADD("--resume=", "--init=test", "--warmup=0", "--dump", file, sketch);
@@ -165,7 +168,7 @@ static void part_run(const Diff *d, const Side *s, Part part) {
         if (*d->from) ADD("--resume", d->from);
     }
     snprintf(steps, sizeof steps, "%lld", (long long)count);
-    if (part != PART_DUMP) ADD("--steps", steps);
+    if (part != PART_DUMP && count) ADD("--steps", steps);
 #undef ADD
     trainer_run(argv, s->folder, stop_after);
     free(argv);
@@ -239,7 +242,8 @@ static void note_worst(Diff *d, double part, const char *name, const char *where
 static void compare_losses(Diff *d) {
     char title[64];
     double each, mean;
-    snprintf(title, sizeof title, "losses of %d steps of training", d->steps);
+    snprintf(title, sizeof title, "losses of %d step%s of training", d->steps,
+             d->steps == 1 ? "" : "s");
     if (!part_make(d, PART_LOSSES, title)) return;
     tolerances(d, &each, &mean);
     Losses a = losses_read(part_file(d, &d->side[1], PART_LOSSES), d->steps),
@@ -292,6 +296,8 @@ static void open_side(Diff *d, Side *s, const char *path) {
     if (!io_exists(path))
         die(EXIT_USAGE, "%s: found nothing there, expected a trainer, a run's folder or a dump",
             path);
+    if (ckpt_ends_with(path, ".csv"))
+        die(EXIT_USAGE, "%s: found a log, expected the run's folder, which holds it", path);
     const char *folder = s->kind == SIDE_RUN ? path : d->folder;
     int n = snprintf(s->folder, sizeof s->folder, s->kind == SIDE_PROGRAM ? "%s/%c" : "%s", folder,
                      s == d->side ? 'a' : 'b');
@@ -306,7 +312,7 @@ static void default_model(const Diff *d, const char *program, char *flags, size_
     char command[4 * IO_PATH_MAX];
     const char *slash = strrchr(program, '/');
     if (!io_exists("train_gpt2.c"))
-        die(EXIT_USAGE, "found no flags behind --, and no train_gpt2.c to train on: give flags, or "
+        die(EXIT_USAGE, "found no flags after --, and no train_gpt2.c to train on: give flags, or "
                         "run this in the repository's folder");
     snprintf(command, sizeof command,
              "'%.*stokenize' --tokenizer bytes --out '%s/text' --endings 'c h md sh py' README.md "
@@ -316,7 +322,7 @@ static void default_model(const Diff *d, const char *program, char *flags, size_
     snprintf(flags, room, "--train \"%s/text_train_*.bin\" %s", d->folder, default_flags);
 }
 
-// The trainers' flags: those behind --, else those of a recorded side, else the default model's.
+// The trainers' flags: those after --, else those of a recorded side, else the default model's.
 static void open_flags(Diff *d, int argc, char **argv, const char *program) {
     static Flags flags;
     static Arg table[FLAGS_COUNT];
@@ -330,6 +336,7 @@ static void open_flags(Diff *d, int argc, char **argv, const char *program) {
         if (!*all && s->kind == SIDE_RUN) run_fact(file, "flags", all, ROOM);
         if (!*all && s->kind == SIDE_DUMP) dump_fact(s->path, "flags", all, ROOM);
     }
+    d->has_plan = argc == 0 && *all;  // a recording's, whatever it follows from
     if (argc == 0) {
         if (!*all) default_model(d, program, all, ROOM);
         ckpt_join(word + 1, d->folder, "flags.txt");
@@ -341,7 +348,7 @@ static void open_flags(Diff *d, int argc, char **argv, const char *program) {
     memcpy(whole + 1, d->words, (size_t)d->word_count * sizeof *whole);
     args_parse(table, FLAGS_COUNT, "diff REFERENCE OTHER [--flag value]... -- [trainer's flags]",
                d->word_count + 1, whole);
-    if (args_find(table, FLAGS_COUNT, "steps")->given) d->plan_steps = flags.steps;
+    d->has_plan |= flags.steps || flags.tokens || args_find(table, FLAGS_COUNT, "ratio")->given;
     char *line = args_line(table, FLAGS_COUNT);
     printf("flags      %s\n", line);
     free(line), free(whole), free(all);
@@ -357,7 +364,7 @@ static void parse(Diff *d, int argc, char **argv) {
          0, 0, false},
         {"updates", ARG_INT, &d->updates, "3", "compare the parameters after so many; 0: do not", 0,
          1000, false},
-        {"from", ARG_STRING, &d->from, "", "save to resume from; none: that behind --steps", 0, 0,
+        {"from", ARG_STRING, &d->from, "", "save to resume from; none: that after --steps", 0, 0,
          false},
         {"top", ARG_INT, &d->top, "-1",
          "tensors listed in each table; 0: all; -1: 5, but of the first gradients all", -1, 1 << 30,
@@ -402,10 +409,12 @@ static int verdict(const Diff *d) {
     printf("\n%s against %s, tolerances of %s", known(&d->side[1]), known(&d->side[0]),
            is_bf16(d) ? "BF16" : "FP32");
     if (ok)
-        printf("\nok: %d losses and %d tensors agree; ", d->losses, d->tensors);
+        printf("\nok: %d loss%s and %d tensor%s agree; ", d->losses, d->losses == 1 ? "" : "es",
+               d->tensors, d->tensors == 1 ? "" : "s");
     else
-        printf("\nTOO FAR: %d of %d losses and %d of %d tensors; ", d->losses_failed, d->losses,
-               d->tensors_failed, d->tensors);
+        printf("\nTOO FAR: %d of %d loss%s and %d of %d tensor%s; ", d->losses_failed, d->losses,
+               d->losses == 1 ? "" : "es", d->tensors_failed, d->tensors,
+               d->tensors == 1 ? "" : "s");
     if (isinf(d->worst))
         printf("worst: %s, see there\n", d->worst_name);
     else if (d->worst > 0)
@@ -431,7 +440,8 @@ int main(int argc, char **argv) {
     }
     if (programs) open_flags(d, own < argc ? argc - own - 1 : 0, argv + own + 1, argv[0]);
     char updates[80];
-    snprintf(updates, sizeof updates, "parameters after %d steps from --init test", d->updates);
+    snprintf(updates, sizeof updates, "parameters after %d step%s from --init test", d->updates,
+             d->updates == 1 ? "" : "s");
     if (dump) {
         compare_tensors(d, PART_DUMP, "one step", "");
     } else {

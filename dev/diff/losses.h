@@ -3,6 +3,7 @@
 //     each step                          |a - b| <= each
 //     the mean of |a - b| over the last half of the steps <= mean
 //
+// A step of the reference that the other does not have is too far off: its run broke off.
 // A validation loss that both have at a step is held to `each`, too. Columns are found by their
 // names in the first line; a loss is read from its hexadecimal column, which has all its bits.
 #ifndef DEV_DIFF_LOSSES_H
@@ -103,17 +104,29 @@ static inline void losses_print(LossVerdict *v, const char *what, int64_t step, 
            judged, note);
 }
 
-// Compares `other` with the reference over the steps that both have, and prints it.
+// Says how many steps of the reference, from `first` on, the other does not have.
+static inline void losses_print_missing(LossVerdict *v, int count, int64_t first) {
+    printf(
+        "  the other side has no loss of %d of the reference's steps, step %lld first  TOO FAR\n",
+        count, (long long)first);
+    v->count += count, v->failed += count, v->worst = INFINITY;
+    snprintf(v->worst_name, sizeof v->worst_name, "step %lld", (long long)first);
+}
+
+// Compares `other` with the reference over the reference's steps, and prints it.
 static inline LossVerdict losses_compare(const Losses *other, const Losses *reference, double each,
                                          double mean) {
     LossVerdict v = {0, 0, -1, ""};
-    double *apart = (double *)die_alloc((size_t)other->count, sizeof *apart, "differences");
-    int steps = 0;
+    double *apart = (double *)die_alloc((size_t)reference->count, sizeof *apart, "differences");
+    int steps = 0, missing = 0;
+    int64_t first_missing = 0;
     printf("  %6s %12s %12s  %10s\n", "step", "reference", "other", "difference");
-    for (int i = 0, k = 0; i < other->count && k < reference->count;) {
-        const LossRow *x = &other->row[i], *y = &reference->row[k];
-        i += x->step <= y->step, k += y->step <= x->step;
-        if (x->step != y->step) continue;
+    for (int i = 0, k = 0; k < reference->count; k++) {
+        const LossRow none = {0, NAN, NAN}, *y = &reference->row[k];
+        while (i < other->count && other->row[i].step < y->step) i++;
+        bool there = i < other->count && other->row[i].step == y->step;
+        const LossRow *x = there ? &other->row[i] : &none;
+        if (isnan(x->loss) && !isnan(y->loss) && !missing++) first_missing = y->step;
         double d = x->loss - y->loss, val = x->val_loss - y->val_loss;
         if (!isnan(val))
             losses_print(&v, "validation at step", x->step, y->val_loss, x->val_loss, each,
@@ -126,9 +139,10 @@ static inline LossVerdict losses_compare(const Losses *other, const Losses *refe
     int half = (steps + 1) / 2;  // of the steps, the last
     for (int i = steps - half; i < steps; i++) sum += apart[i];
     if (half)
-        printf("  mean |difference| of the last %d steps: %.1e, allowed %g  %s\n", half, sum / half,
-               mean,
+        printf("  mean |difference| of the last %d step%s: %.1e, allowed %g  %s\n", half,
+               half == 1 ? "" : "s", sum / half, mean,
                losses_judge(&v, "the mean of the steps from", steps - half, sum / half, mean));
+    if (missing) losses_print_missing(&v, missing, first_missing);
     free(apart);
     return v;
 }

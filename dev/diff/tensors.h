@@ -296,7 +296,9 @@ static inline void tensors_print_group(const TensorRows *rows, TensorGroup group
     }
     char part[32];
     if (left_out)
-        printf("    ... and %d more, each at most %s\n", left_out, tensor_part_text(part, most));
+        printf(most > 0 ? "    ... and %d more, each at most %s\n"
+                        : "    ... and %d more, all %s\n",
+               left_out, tensor_part_text(part, most));
 }
 
 // top < 0: as many as read well, but of the gradients all if all_gradients says so.

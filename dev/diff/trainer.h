@@ -18,7 +18,7 @@
 
 enum { TRAINER_LAST = 6 };  // lines shown of a trainer that failed
 
-// Copies what a trainer prints to a file, and its step to a terminal; keeps the last lines. Behind
+// Copies what a trainer prints to a file, and its step to a terminal; keeps the last lines. After
 // stop_after steps (0: never) tells it to stop.
 static inline void trainer_follow(const char *program, pid_t pid, int64_t stop_after, FILE *from,
                                   FILE *to, char *last[TRAINER_LAST]) {
@@ -60,7 +60,7 @@ static inline pid_t trainer_start(const char *const *argv, FILE **output) {
 }
 
 // Runs argv, which ends with NULL; appends what it prints to folder/printed.txt. Ends the program
-// with the trainer's exit code when it fails. Told to stop behind stop_after steps, it may.
+// with the trainer's exit code when it fails. Told to stop after stop_after steps, it may.
 static inline void trainer_run(const char *const *argv, const char *folder, int64_t stop_after) {
     char path[IO_PATH_MAX], *last[TRAINER_LAST] = {NULL};
     int status = 0;

@@ -74,7 +74,7 @@ static inline const char *listing(const char *path) {
     return text;
 }
 
-// Shard s of the corpus: documents of up to 40 letters behind a BOS.
+// Shard s of the corpus: documents of up to 40 letters after a BOS.
 static inline void put_corpus_shard(int s, int count) {
     uint16_t tokens[1024];
     corpus_drawn = 1000 * (uint64_t)s;
@@ -130,7 +130,7 @@ static inline const char *program(const char *name) {
     return path[next];
 }
 
-// The small run: flags behind these replace them.
+// The small run: flags after these replace them.
 #define SMALL                                                                                      \
     "--tokenizer bytes --seq-len 16 --depth 1 --channels 32 --batch-tokens 64 --micro-batch 2 "    \
     "--steps 12 --warmup 2 --sample-tokens 0"

@@ -104,7 +104,11 @@ TEST(empty_value_after_equals_sign) {
 TEST(later_value_replaces_earlier) { CHECK_INT(parse("--depth|3|--depth|4").depth, 4); }
 
 TEST(value_may_look_like_a_flag_or_a_file) {
-    CHECK_STR(parse("--name|--depth").name, "--depth");
+    DIES(EXIT_USAGE, "--name: found the flag --depth where its value should be; for a value that "
+                     "begins with -- write --name=...")
+    parse("--name|--depth|3");
+    CHECK_STR(parse("--name=--depth").name, "--depth");
+    CHECK_STR(parse("--name|-x").name, "-x");
     CHECK_STR(parse("--name|@x").name, "@x");
     CHECK(parse("--rate|+0.5").rate == 0.5);
 }
@@ -114,6 +118,8 @@ TEST(words_go_to_the_list) {
     CHECK_INT(v.file.count, 2);
     CHECK_STR(v.file.item[1], "b.txt");
     CHECK_INT(v.depth, 3);
+    DIES(EXIT_USAGE, "found '-nam', expected a file or a flag; did you mean --name?")
+    parse("a.txt|-nam|x");
 }
 
 TEST(word_without_a_list_exits_2) {
@@ -133,7 +139,12 @@ TEST(ranges_hold_at_their_ends) {
     DIES(EXIT_USAGE, "--rate: found '-0.1', expected a number from 0 to 10") parse("--rate|-0.1");
     DIES(EXIT_USAGE, "--dry-run: found '2', expected a whole number from 0 to 1")
     parse("--dry-run|2");
-    DIES(EXIT_USAGE, "--tokens: found '1000000000000001'") parse("--tokens|1000000000000001");
+    DIES(EXIT_USAGE, "--tokens: found '1000000000000001', expected a whole number from 0 to "
+                     "1000000000000000; see --help")
+    parse("--tokens|1000000000000001");
+    DIES(EXIT_USAGE, "--tokens: found '1e9', expected a whole number from 0 to 1000000000000000, "
+                     "written out in digits; see --help")
+    parse("--tokens|1e9");
 }
 
 TEST(int_without_range_is_bounded_by_its_type) {
@@ -182,8 +193,8 @@ TEST(distance_counts_edits) {
 }
 
 TEST(missing_value_exits_2) {
-    DIES(EXIT_USAGE, "--depth: found nothing behind it, expected integer") parse("--depth");
-    DIES(EXIT_USAGE, "--name: found nothing behind it, expected text") parse("--depth|3|--name");
+    DIES(EXIT_USAGE, "--depth: its value is missing; expected a whole number") parse("--depth");
+    DIES(EXIT_USAGE, "--name: its value is missing; expected text") parse("--depth|3|--name");
 }
 
 TEST(file_is_read_in_place) {
@@ -206,7 +217,7 @@ TEST(file_quotes) {
 }
 
 TEST(file_of_single_letters_fits) {  // the most words for its size
-    DIES(EXIT_USAGE, "--name: found nothing behind it")
+    DIES(EXIT_USAGE, "--name: its value is missing")
     parse_text("a b c d e f g h i j k l --name");
     CHECK_INT(parse_text("a b c d e f g").file.count, 7);
 }
@@ -214,7 +225,7 @@ TEST(file_of_single_letters_fits) {  // the most words for its size
 TEST(file_errors_exit_2) {
     DIES(EXIT_USAGE, "@/nowhere/flags: cannot open /nowhere/flags") parse("@/nowhere/flags");
     DIES(EXIT_USAGE, "@/: cannot read /: it is a folder") parse("@/");
-    DIES(EXIT_USAGE, "--depth: found nothing behind it") parse_text("--depth # 3");
+    DIES(EXIT_USAGE, "--depth: its value is missing") parse_text("--depth # 3");
     const char *dir = test_make_dir();
     char path[300], at[310];
     snprintf(path, sizeof path, "%s/zero", dir), snprintf(at, sizeof at, "@%s", path);
@@ -255,14 +266,15 @@ static Values echoed(bool all) {
 }
 
 TEST(echo_reads_back) {
-    const char *names[] = {"plain", "two words",  "",        "#",           "a#b",
-                           "\"",    "say \"hi\"", "\"\"",    "tab\there",   "line\nbreak",
-                           "cr\r",  "@file",      "--depth", "back\\slash", "\xc3\xa9"};
+    const char *names[] = {"plain",   "two words",  "",        "#",         "a#b",
+                           "\"",      "say \"hi\"", "\"\"",    "tab\there", "line\nbreak",
+                           "cr\r",    "@file",      "--depth", "-- \"x\"",  "back\\slash",
+                           "\xc3\xa9"};
     const char *numbers[] = {"0.1", "1e-10", "0.3333333333333333", "1e-300", "2", "0"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char line[300];
         snprintf(line, sizeof line,
-                 "--depth|3|--tokens|999999999999999|--dry-run|1|--rate=%s|--file|%s|--file|x "
+                 "--depth|3|--tokens|999999999999999|--dry-run|1|--rate=%s|--file=%s|--file|x "
                  "y|--name=%s",
                  numbers[i % 6], *names[i] ? names[i] : "-", names[i]);
         for (int all = 0; all < 2; all++) {

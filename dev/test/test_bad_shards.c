@@ -127,6 +127,10 @@ TEST(too_few_tokens_for_a_row) {
     DIES(EXIT_DATA,
          "s00.bin: byte 8: found 903 tokens in all of 3 shards, expected at least 1001 for one row")
     use(&config);
+    unlink(corpus_path(&c, 1)), unlink(corpus_path(&c, 2));
+    DIES(EXIT_DATA, "s00.bin: byte 8: found 300 tokens in all of 1 shard, expected at least 1001")
+    use(&config);
+    corpus_write(&c);
     config = corpus_config(&c, 511, false, true);
     DIES(EXIT_DATA,
          "s00.bin: byte 8: found 511 tokens in the longest of 3 shards, expected at least 512")

@@ -324,7 +324,8 @@ TEST(a_damaged_newest_save_gives_one_warning_and_the_one_before) {
     overhear(false);
     CHECK_INT(warnings(), 2);
     damage(1);
-    DIES(EXIT_CHECKPOINT, "all 3 saves") newest();
+    DIES(EXIT_CHECKPOINT, "/ckpt: found 3 saves, none of them whole; remove them to start over")
+    newest();
 }
 
 TEST(an_explicit_save_that_is_damaged_ends_the_run) {
@@ -337,7 +338,23 @@ TEST(an_explicit_save_that_is_damaged_ends_the_run) {
     damage(1);
     DIES(EXIT_CHECKPOINT, "tensor resid_lambda is damaged") ckpt_find(out, path_of(1, ""), folder);
     DIES(EXIT_CHECKPOINT, "meta.json: No such file") ckpt_find(out, "/nonexistent", folder);
+    DIES(EXIT_CHECKPOINT, "this is a run's folder; give one of its saves (")
+    ckpt_find("", out, folder);
     DIES(EXIT_CHECKPOINT, "tensor resid_lambda is damaged") load(path_of(1, ""));
+}
+
+// Only a folder that is not there holds no saves.
+TEST(a_folder_that_cannot_be_looked_at_is_no_fresh_start) {
+    char folder[IO_PATH_MAX];
+    static const char *const targets[] = {"ckpt", "nowhere", "/dev/null"};
+    snprintf(folder, sizeof folder, "%s/ckpt", out);
+    for (int i = 0; i < 3; i++) {
+        begin_anew();
+        CHECK_INT(newest(), 0);
+        CHECK_INT(symlink(targets[i], folder), 0);
+        DIES(EXIT_CHECKPOINT, "cannot look for saves: cannot list ") newest();
+    }
+    begin_anew();
 }
 
 // Loads save 1 with one expected tensor changed.
@@ -485,7 +502,7 @@ TEST(a_read_that_fails_passes_over_the_save) {
     begin_anew();
     CHECK_INT(save(1), 0);
     CHECK_INT(save(2), 0);
-    fail_at(IO_FAULT_EIO, 3, false);
+    fail_at(IO_FAULT_EIO, 8, false);  // after the 5 that list the folder
     overhear(true);
     int64_t found = newest();
     overhear(false);
@@ -576,6 +593,7 @@ int main(void) {
     RUN(a_file_of_another_save_is_refused);
     RUN(a_damaged_newest_save_gives_one_warning_and_the_one_before);
     RUN(an_explicit_save_that_is_damaged_ends_the_run);
+    RUN(a_folder_that_cannot_be_looked_at_is_no_fresh_start);
     RUN(a_model_that_does_not_fit_is_refused_with_both_shapes);
     RUN(another_format_of_meta_is_refused);
     RUN(death_at_every_call_of_a_save_leaves_the_newest_whole_one);

@@ -45,7 +45,7 @@ TEST(unknown_flags_name_the_nearest) {
     refuse_flags("shard.bin", "found 'shard.bin', expected a flag");
 }
 
-TEST(values_that_can_not_be_are_refused) {
+TEST(values_that_cannot_be_are_refused) {
     refuse_flags("--depth twelve",
                  "--depth: found 'twelve', expected a whole number from 1 to 128");
     refuse_flags("--depth 1.5", "--depth: found '1.5'");
@@ -55,7 +55,7 @@ TEST(values_that_can_not_be_are_refused) {
     refuse_flags("--lr-matrix nan", "--lr-matrix: found 'nan', expected a number");
     refuse_flags("--lr-matrix -1", "--lr-matrix: found '-1'");
     refuse_flags("--doc-mask 2", "--doc-mask: found '2'");
-    refuse_flags("--temperature", "--temperature: found nothing behind it");
+    refuse_flags("--temperature", "--temperature: its value is missing; expected a number");
     refuse_flags("--packing best", "--packing: found 'best', expected one of: bestfit stream");
     refuse_flags("--tails cut", "--tails: found 'cut', expected one of: keep drop");
     refuse_flags("--init zero", "--init: found 'zero', expected one of: default test");
@@ -73,6 +73,10 @@ TEST(values_that_do_not_fit_together_are_refused) {
     refuse_flags("--bos 257", "--bos 257");
     refuse_flags("--train ''", "--train: found nothing");
     refuse_flags("--resume auto --out ''", "--resume auto: found no --out");
+    refuse_flags("--save-every 5 --out ''", "--save-every: found 5, but no --out to save in");
+    refuse_flags("--sample-every 5 --tokenizer none",
+                 "--sample-every: found 5, but --tokenizer none; name one");
+    refuse_flags("--out --dry-run", "--out: found the flag --dry-run where its value should be");
     char val[600];
     snprintf(val, sizeof val, "--val %s --val-tokens 15", in_dir("s00.bin"));
     refuse_flags(val, "--val-tokens: found 15, expected at least 16");
@@ -80,6 +84,51 @@ TEST(values_that_do_not_fit_together_are_refused) {
     CHECK_SAID("--out: cannot make the folder");
     CHECK_INT(run("%s --dump %s", train(), in_dir("nowhere/dump")), EXIT_USAGE);
     CHECK_SAID("--dump: cannot create");
+}
+
+// Before the parameters are filled, which here would take a minute, and for more memory than most
+// machines have.
+TEST(places_that_cannot_be_written_are_found_first) {
+    const char *large = "--depth 100 --channels 6400 --heads 50 --micro-batch 1";
+    CHECK_INT(io_make_dir(in_dir("out/probe.tmp")), 0);
+    CHECK_INT(run("%s %s --out %s", train(), large, in_dir("out")), EXIT_USAGE);
+    CHECK_SAID("--out: cannot create ");
+    CHECK_INT(run("%s %s --out %s/below", train(), large, in_dir("s00.bin")), EXIT_USAGE);
+    CHECK_SAID("--out: cannot make the folder");
+    CHECK_INT(run("%s %s --dump %s", train(), large, in_dir("nowhere/dump")), EXIT_USAGE);
+    CHECK_SAID("--dump: cannot create ");
+}
+
+TEST(flags_without_effect_are_warned_of) {
+    train_well("--steps 1 --tokens 640 --ratio 3");
+    CHECK_SAID("warning: --tokens is not used: --steps says how long the run is");
+    CHECK_SAID("warning: --ratio is not used: --steps says how long the run is");
+    train_well("--steps 0 --tokens 64 --ratio 3");
+    CHECK_INT(count_said("warning: "), 1);
+    CHECK_SAID("warning: --ratio is not used: --tokens says how long the run is");
+    train_well("--steps 0 --ratio 0.004");
+    CHECK_NOT_SAID("warning: ");
+    train_well("--steps 1 --val %s", in_dir("s01.bin"));
+    CHECK_INT(count_said("warning: "), 1);
+    CHECK_SAID("/s01.bin is also trained on, as ");
+    // 521 rows, a prime, of which 512 fit
+    CHECK_INT(run("%s --batch-tokens 8336 --micro-batch 0 --dry-run 1", train()), 0);
+    CHECK_SAID("warning: micro-batches of 1 row, where 512 would fit: the 521 rows of "
+               "--batch-tokens 8336 have");
+    CHECK_INT(run("%s --batch-tokens 8208 --micro-batch 0 --dry-run 1", train()), 0);  // 3 x 171
+    CHECK_SAID("warning: micro-batches of 171 rows, where 512 would fit");
+    CHECK_INT(run("%s --batch-tokens 16384 --micro-batch 0 --dry-run 1", train()), 0);
+    CHECK_NOT_SAID("warning: ");
+}
+
+// Five points of the schedule, but each step once.
+TEST(dry_run_shows_a_step_once) {
+    CHECK_INT(run("%s --steps 3 --dry-run 1", train()), 0);
+    for (int i = 0; i < 3; i++) {
+        char row[20];
+        snprintf(row, sizeof row, "\n%10d ", i);
+        CHECK_INT(count_said(row), 1);
+    }
 }
 
 TEST(flags_come_from_files_too) {
@@ -120,7 +169,7 @@ TEST(dry_run_tells_what_the_flags_resolve_to) {
     CHECK_SAID("layers.0.ve_gate                    (1, 12)            12  uniform 0 .. 0.02 ");
     CHECK_SAID("parameters                                0.2 MiB");
     CHECK_SAID("activations of a micro-batch");
-    CHECK_SAID("batch 64 tokens = 1 micro-steps of 4 rows per rank, 3205 steps");  // 10 P / 64
+    CHECK_SAID("batch 64 tokens = 1 micro-step of 4 rows per rank, 3205 steps");  // 10 P / 64
     static const char *points[] = {"\n         0   0.02500    0.85000    1.00000",
                                    "\n       801   1.00000    0.97000", "\n      1602   0.78108",
                                    "\n      2403   0.41577", "\n      3204   0.05046"};
@@ -147,7 +196,7 @@ TEST(dry_run_prints_flags_that_read_back) {
 TEST(a_run_leaves_its_log_its_facts_and_its_save) {
     Log csv;
     train_well("--depth 2 --prompt 'say \"so\"' --out %s", in_dir("new/out"));
-    CHECK_STR(listing(in_dir("new/out")), "ckpt log.csv run.json");
+    CHECK_STR(listing(in_dir("new/out")), "ckpt lock log.csv run.json");
     CHECK_STR(listing(in_dir("new/out/ckpt")), "step_00000012");
     CHECK_STR(listing(in_dir("new/out/ckpt/step_00000012")),
               "meta.json model.safetensors optim_rank000.safetensors");
@@ -176,7 +225,7 @@ TEST(a_run_leaves_its_log_its_facts_and_its_save) {
 
 TEST(without_out_nothing_is_written) {
     CHECK_INT(io_make_dir(in_dir("here")), 0);
-    CHECK_INT(run("p=$(realpath %s) && cd %s && $p --train '../s*.bin' " SMALL " --save-every 1",
+    CHECK_INT(run("p=$(realpath %s) && cd %s && $p --train '../s*.bin' " SMALL,
                   program("train_gpt2"), in_dir("here")),
               0);
     CHECK_STR(listing(in_dir("here")), "");
@@ -577,15 +626,24 @@ TEST(validation_comes_when_asked_and_changes_nothing) {
 // ---------------------------------------------------------------------------------------------
 // Samples.
 
-// The sample of the trained model in OUT with these flags. It may hold any bytes but NUL.
+// The sample of the trained model in OUT with these flags: the last that it prints.
 static const char *sample(int which, const char *flags) {
     static char text[4][2000];
     train_well("--resume %s --sample-tokens 40 %s", in_dir("out/ckpt/step_00000012"), flags);
-    const char *begin = strstr(printed, "\nsample: "),
-               *end = begin ? strstr(begin, "\nstep 12/12") : NULL;
-    CHECK(end != NULL);
-    if (end) snprintf(text[which], sizeof text[which], "%.*s", (int)(end - begin - 9), begin + 9);
+    const char *begin = strstr(printed, "\nsample: ");
+    CHECK(begin != NULL);
+    snprintf(text[which], sizeof text[which], "%s", begin ? begin + 9 : "?");
+    text[which][strlen(text[which]) - 1] = 0;
+    for (const char *p = text[which]; *p; p++)
+        CHECK((uint8_t)*p >= 0x20 || *p == '\n' || *p == '\t');
     return text[which];
+}
+
+// Bytes of a sample: what is not text stands there as \xNN.
+static size_t sample_bytes(const char *text) {
+    size_t bytes = 0;
+    for (; *text; text += strncmp(text, "\\x", 2) ? 1 : 4) bytes++;
+    return bytes;
 }
 
 TEST(samples_are_a_function_of_seed_and_flags) {
@@ -607,11 +665,20 @@ TEST(samples_go_on_from_the_prompt) {
     snprintf(flags, sizeof flags, "--temperature 0 --prompt '%s'", long_prompt);
     const char *text = sample(0, flags);
     CHECK(!strncmp(text, long_prompt, strlen(long_prompt)));
-    CHECK_INT(strlen(text), strlen(long_prompt) + 40);
+    CHECK_INT(sample_bytes(text), strlen(long_prompt) + 40);
     // The likeliest text is the same however far it goes.
     const char *greedy = sample(2, "--temperature 0 --prompt q");
     snprintf(flags, sizeof flags, "--temperature 0 --prompt q --sample-tokens 4");
     CHECK(!strncmp(greedy, sample(3, flags), strlen(sample(3, flags))));
+}
+
+// é is text; a tab, too; what would steer a terminal or is half a character is not.
+TEST(samples_print_nothing_but_text) {
+    const char *prompt = "a\tb\xc3\xa9\033[2J\x7f\xc2\x9b\xe2\x82";
+    CHECK_INT(run("%s --steps 1 --temperature 0 --sample-tokens 1 --prompt '%s' | "
+                  "grep -F 'sample: a\tb\xc3\xa9\\x1B[2J\\x7F\\xC2\\x9B\\xE2\\x82'",
+                  train(), prompt),
+              0);
 }
 
 TEST(samples_come_when_asked) {
@@ -623,14 +690,34 @@ TEST(samples_come_when_asked) {
     CHECK_INT(count_said("sample: "), 0);
     train_well("--sample-tokens 5 --tokenizer none --vocab 257");
     CHECK_INT(count_said("sample: "), 0);
+    CHECK_NOT_SAID("step 12/12");  // a row without a loss
+}
+
+// With an empty prompt there is nothing to split.
+TEST(gpt2_tokens_need_pcre2_for_a_prompt_alone) {
+    const char *flags = "--tokenizer dev/test/fixtures/tokenizer_subset.bin --packing stream "
+                        "--steps 1 --sample-tokens 3";
+    train_well("%s", flags);
+    CHECK_SAID("sample: ");
+    int code = run("%s %s --prompt a", train(), flags);
+#ifdef USE_PCRE2
+    CHECK_INT(code, 0);
+#else
+    CHECK_INT(code, EXIT_USAGE);
+    CHECK_SAID("install libpcre2-dev");
+    CHECK_NOT_SAID("step ");
+#endif
 }
 
 int main(void) {
     cli_prepare();
     RUN_IN_DIR(help_lists_every_flag);
     RUN_IN_DIR(unknown_flags_name_the_nearest);
-    RUN_IN_DIR(values_that_can_not_be_are_refused);
+    RUN_IN_DIR(values_that_cannot_be_are_refused);
     RUN_IN_DIR(values_that_do_not_fit_together_are_refused);
+    RUN_IN_DIR(places_that_cannot_be_written_are_found_first);
+    RUN_IN_DIR(flags_without_effect_are_warned_of);
+    RUN_IN_DIR(dry_run_shows_a_step_once);
     RUN_IN_DIR(flags_come_from_files_too);
     RUN_IN_DIR(dry_run_tells_what_the_flags_resolve_to);
     RUN_IN_DIR(dry_run_prints_flags_that_read_back);
@@ -648,6 +735,8 @@ int main(void) {
     RUN_IN_DIR(validation_comes_when_asked_and_changes_nothing);
     RUN_IN_DIR(samples_are_a_function_of_seed_and_flags);
     RUN_IN_DIR(samples_go_on_from_the_prompt);
+    RUN_IN_DIR(samples_print_nothing_but_text);
     RUN_IN_DIR(samples_come_when_asked);
+    RUN_IN_DIR(gpt2_tokens_need_pcre2_for_a_prompt_alone);
     return test_end();
 }

@@ -189,6 +189,88 @@ TEST(origin_says_where_a_row_came_from) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Data that turn out bad.
+
+// Asks for B rows a call until that fails: the `good` rows before the bad place come, by either
+// function, and the call that fails takes none.
+static void try_until_bad(const RowsConfig *config, const uint16_t *rows, int good, int rank,
+                          int ranks, int B, const char *message) {
+    Loader l;
+    int calls = good / (ranks * B);
+    loader_init(&l, config, rank, ranks);
+    for (int i = 0; i < calls; i++) {
+        if (i % 3 == 2)
+            loader_next(&l, inputs, targets, B);
+        else
+            CHECK(loader_try_next(&l, inputs, targets, B));
+        CHECK_INT(wrong_rows(rows + (i * ranks * B + rank * B) * (T + 1), T + 1, B), 0);
+    }
+    LoaderState before = loader_state(&l);
+    CHECK_INT(before.row, calls * ranks * B);
+    for (int again = 0; again < 2; again++) {
+        inputs[0] = targets[0] = -7;
+        CHECK(!loader_try_next(&l, inputs, targets, B));
+        CHECK(inputs[0] == -7 && targets[0] == -7);
+        LoaderState after = loader_state(&l);
+        CHECK(!memcmp(&before, &after, sizeof after));
+    }
+    // the rows before the bad place are still there, in smaller calls
+    for (int row = calls * B * ranks; row + ranks <= good; row += ranks) {
+        CHECK(loader_try_next(&l, inputs, targets, 1));
+        CHECK_INT(wrong_rows(rows + (row + rank) * (T + 1), T + 1, 1), 0);
+    }
+    loader_free(&l);
+    DIES(EXIT_DATA, message) {
+        loader_init(&l, config, rank, ranks);
+        while (loader_try_next(&l, inputs, targets, B)) {}
+        fprintf(stderr, "tried in vain\n");
+        loader_next(&l, inputs, targets, B);
+    }
+}
+
+TEST(trying_takes_no_row_where_the_data_are_bad) {
+    int ends[6], order[3], good = 0;
+    Corpus c = corpus_three();
+    RowsConfig config = corpus_config(&c, T, false, true);
+    uint16_t *rows = plain_rows(&c, &config, 6, ends);
+    char message[400];
+    plain_order(order, 3, config.seed, 0);
+    for (int i = 0; i < 2; i++) good += (c.count[order[i]] - 1) / T;
+    int bad = order[2], last = c.count[bad] - 1;
+    c.token[bad][last] = CORPUS_V;  // planning its first row finds it
+    corpus_write(&c);
+    snprintf(message, sizeof message,
+             "tried in vain\nerror: %s: byte %d: found token 60000, expected less than 60000",
+             corpus_path(&c, bad), 1024 + 2 * last);
+    for (int ranks = 1; ranks <= 3; ranks++)
+        for (int B = 1; B <= 20; B = 2 * B + 1)
+            try_until_bad(&config, rows, good, ranks - 1, ranks, B, message);
+    free(rows);
+    corpus_free(&c);
+}
+
+// The files are cut after the loader has opened them: copying a row finds it.
+TEST(trying_takes_no_row_where_a_shard_is_cut_short) {
+    Corpus c = corpus_three();
+    RowsConfig config = corpus_config(&c, T, true, true);
+    DIES(EXIT_DATA, "tried in vain\nerror: ") {
+        Loader l;
+        loader_init(&l, &config, 0, 1);
+        CHECK(loader_try_next(&l, inputs, targets, 3));
+        for (int s = 0; s < 3; s++)
+            if (truncate(corpus_path(&c, s), 1024)) perror("truncate");
+        while (loader_try_next(&l, inputs, targets, 3)) {}
+        LoaderState state = loader_state(&l);
+        for (int i = 0; i < 3; i++)
+            if (loader_try_next(&l, inputs, targets, 3)) exit(0);
+        if (state.row != loader_state(&l).row || state.row % 3) exit(0);
+        fprintf(stderr, "tried in vain\n");
+        loader_next(&l, inputs, targets, 3);
+    }
+    corpus_free(&c);
+}
+
+// ---------------------------------------------------------------------------------------------
 // Other data than the checkpoint's.
 
 TEST(restore_names_what_is_not_the_same) {
@@ -265,7 +347,7 @@ TEST(shards_may_move_to_another_folder) {
     corpus_free(&c);
 }
 
-TEST(a_place_behind_the_data_is_refused) {
+TEST(a_place_after_the_data_is_refused) {
     Corpus c = corpus_three();
     for (int bestfit = 0; bestfit < 2; bestfit++) {
         RowsConfig config = corpus_config(&c, T, bestfit, true);
@@ -335,10 +417,12 @@ int main(void) {
     RUN(restore_works_in_a_running_loader);
     RUN(a_loader_may_end_at_any_time);
     RUN(origin_says_where_a_row_came_from);
+    RUN(trying_takes_no_row_where_the_data_are_bad);
+    RUN(trying_takes_no_row_where_a_shard_is_cut_short);
     RUN(restore_names_what_is_not_the_same);
     RUN(a_save_without_endless_rows_is_refused);
     RUN(shards_may_move_to_another_folder);
-    RUN(a_place_behind_the_data_is_refused);
+    RUN(a_place_after_the_data_is_refused);
     RUN(validation_rows_are_the_same_for_any_ranks);
     RUN(validation_drops_a_row_without_its_last_target);
     return test_end();

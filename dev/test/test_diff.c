@@ -1,5 +1,5 @@
-// test_diff.c: build/diff says what differs, and nothing else: on trainers, recorded runs, dumps and
-// sketches, with the CPU trainer on both sides.
+// test_diff.c: build/diff says what differs, and nothing else: on trainers, recorded runs, dumps
+// and sketches, with the CPU trainer on both sides.
 #include "dev/test/cli.h"
 
 // A trainer beside the real one: the same with a flag more.
@@ -79,7 +79,7 @@ TEST(a_run_with_a_longer_plan_is_stopped) {
     CHECK_SAID("\nok: 3 losses");
     size_t size;
     char *said = read_text(in_dir("kept/a/printed.txt"), &size);
-    CHECK(strstr(said, "stopped behind step") != NULL);
+    CHECK(strstr(said, "stopped after step") != NULL);
     free(said);
 }
 
@@ -112,7 +112,7 @@ TEST(a_recording_stands_for_its_trainer) {
     snprintf(sides, sizeof sides, "%s --keep %s --steps 3", program("train_gpt2"), in_dir("kept"));
     CHECK_INT(diff_of(sides, ""), 0);
     CHECK_SAID("recorded in ");
-    // without flags behind --: those of the recording
+    // without flags after --: those of the recording
     CHECK_INT(run("%s %s/a %s --steps 3", program("diff"), in_dir("kept"), program("train_gpt2")),
               0);
     CHECK_SAID("\nok: 3 losses and ");
@@ -136,6 +136,39 @@ TEST(a_plain_run_stands_for_its_losses) {
     CHECK_SAID("\nTOO FAR: ");
 }
 
+// Its schedule is that of its own steps, however few are compared and whatever they follow from.
+TEST(a_recording_keeps_its_plan) {
+    static const char *const lengths[] = {"--tokens 832", "--ratio 0.041", "--steps 13"};
+    for (int i = 0; i < 3; i++) {
+        train_well("--steps 0 %s --lr-matrix 0.2 --val %s --eval-every 4 --out %s", lengths[i],
+                   in_dir("s01.bin"), in_dir("run%d", i));
+        for (int steps = 4; steps <= 13; steps += 9) {
+            CHECK_INT(run("%s %s %s --steps %d --dumps 0 --updates 0", program("diff"),
+                          in_dir("run%d", i), program("train_gpt2"), steps),
+                      0);
+            CHECK_INT(count_said("           0  ok\n"), steps);
+            CHECK_INT(count_said("0  ok  validation\n"), steps == 4 ? 2 : 5);
+        }
+    }
+}
+
+TEST(a_run_that_broke_off_is_seen) {
+    size_t size;
+    train_well("--out %s", in_dir("run"));
+    CHECK_INT(io_make_dir(in_dir("cut")), 0);
+    char *text = read_text(in_dir("run/log.csv"), &size), *row = strstr(text, "\n5,");
+    CHECK(row != NULL);
+    if (row) write_bytes(in_dir("cut/log.csv"), text, (size_t)(row + 1 - text));
+    free(text);
+    CHECK_INT(run("%s %s %s", program("diff"), in_dir("run"), in_dir("cut")), 1);
+    CHECK_SAID("the other side has no loss of 7 of the reference's steps, step 5 first  TOO FAR");
+    CHECK_SAID(
+        "\nTOO FAR: 7 of 12 losses and 0 of 0 tensors; worst: the loss of step 5, see there");
+    CHECK_INT(run("%s %s %s --steps 5", program("diff"), in_dir("run"), in_dir("cut")), 0);
+    CHECK_INT(run("%s %s %s", program("diff"), in_dir("cut"), in_dir("run")), 0);
+    CHECK_SAID("\nok: 5 losses and 0 tensors agree");
+}
+
 TEST(validation_losses_are_compared) {
     train_well("--val %s --eval-every 5 --out %s", in_dir("s01.bin"), in_dir("run"));
     CHECK_INT(run("%s %s %s", program("diff"), in_dir("run"), in_dir("run")), 0);
@@ -153,7 +186,7 @@ TEST(bad_logs_are_refused) {
     CHECK_INT(run("%s %s %s", program("diff"), in_dir("run"), in_dir("run")), EXIT_DATA);
     write_bytes(log, "step,loss\n0,5.5\n1,5.", 20);  // the last row is torn
     CHECK_INT(run("%s %s %s", program("diff"), in_dir("run"), in_dir("run")), 0);
-    CHECK_SAID("\nok: 1 losses");
+    CHECK_SAID("\nok: 1 loss and 0 tensors agree");
     write_bytes(log, "step,loss\n", 10);
     CHECK_INT(run("%s %s %s", program("diff"), in_dir("run"), in_dir("run")), EXIT_USAGE);
     CHECK_SAID("found nothing that both sides have");
@@ -236,6 +269,9 @@ TEST(usage_errors_exit_with_2) {
     CHECK_SAID("expected a reference and another side (or one, to --keep), found 1");
     CHECK_INT(run("%s nowhere %s", program("diff"), dir), EXIT_USAGE);
     CHECK_SAID("nowhere: found nothing there");
+    write_bytes(in_dir("log.csv"), "step,loss\n", 10);
+    CHECK_INT(run("%s %s %s", program("diff"), in_dir("log.csv"), dir), EXIT_USAGE);
+    CHECK_SAID("log.csv: found a log, expected the run's folder, which holds it");
     CHECK_INT(run("%s %s %s --grad-tolerance 1", program("diff"), dir, dir), EXIT_USAGE);
     CHECK_SAID("did you mean --grad-tol?");
     CHECK_INT(run("%s %s %s --precision fp64", program("diff"), dir, dir), EXIT_USAGE);
@@ -255,6 +291,8 @@ int main(void) {
     RUN_IN_DIR(no_flags_mean_the_default_model);
     RUN_IN_DIR(a_recording_stands_for_its_trainer);
     RUN_IN_DIR(a_plain_run_stands_for_its_losses);
+    RUN_IN_DIR(a_recording_keeps_its_plan);
+    RUN_IN_DIR(a_run_that_broke_off_is_seen);
     RUN_IN_DIR(validation_losses_are_compared);
     RUN_IN_DIR(bad_logs_are_refused);
     RUN_IN_DIR(dumps_and_sketches_stand_for_each_other);

@@ -200,7 +200,7 @@ static const char *error_of(const char *text) {
 }
 
 TEST(errors_say_what_is_wrong) {
-    CHECK_STR(error_of("[1,]"), "found a comma with nothing behind it");
+    CHECK_STR(error_of("[1,]"), "found a comma with nothing after it");
     CHECK_STR(error_of("[1"), "expected , or ]");
     CHECK_STR(error_of("{\"a\" 1}"), "expected :");
     CHECK_STR(error_of("["), "the text ends inside { or [");
@@ -226,7 +226,7 @@ TEST(nesting_is_bounded) {
     free(deep);
 }
 
-TEST(text_needs_no_nul_behind_it) {
+TEST(text_needs_no_nul_after_it) {
     const char *text = "{\"key\": [true, -1.5e3, \"a\\u00e9\"]}";
     for (size_t n = 0; n < strlen(text);
          n++) {  // each prefix in its own memory: a sanitizer sees a step too far
@@ -302,7 +302,7 @@ int main(void) {
     RUN(first_error_stays_with_its_offset);
     RUN(errors_say_what_is_wrong);
     RUN(nesting_is_bounded);
-    RUN(text_needs_no_nul_behind_it);
+    RUN(text_needs_no_nul_after_it);
     RUN(noise_ends_in_an_error_or_a_value);
     RUN(written_strings_come_back);
     RUN(written_text_grows);

@@ -154,8 +154,8 @@ TEST(bad_shapes_exit_2) {
         int channels, heads, vocab, bos;
         const char *pattern, *message;
     } cases[] = {
-        {100, 0, 0, -1, "L", "--channels: found 100, expected a multiple of 8 from 24 on"},
-        {16, 0, 0, -1, "L", "--channels: found 16, expected a multiple of 8 from 24 on"},
+        {100, 0, 0, -1, "L", "--channels: found 100, expected a multiple of 8, at least 24"},
+        {16, 0, 0, -1, "L", "--channels: found 16, expected a multiple of 8, at least 24"},
         {64, 3, 0, -1, "L",
          "--channels 64 and --heads 3: found C/H = 21.3333, expected an even whole number"},
         {24, 8, 0, -1, "L",

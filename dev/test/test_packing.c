@@ -116,7 +116,7 @@ TEST(tail_is_dropped_when_asked) {
     pack_free(packer);
 }
 
-TEST(tail_goes_behind_equal_ones) {
+TEST(tail_goes_after_equal_ones) {
     pack_init(packer, 10);
     pack_put(packer, (PackPiece){1, 0, 20, 0, 0});
     pack_put(packer, (PackPiece){2, 0, 25, 0, 0});
@@ -145,7 +145,7 @@ int main(void) {
     RUN(equal_documents_go_in_order);
     RUN(tail_of_a_cropped_document_gets_a_bos);
     RUN(tail_is_dropped_when_asked);
-    RUN(tail_goes_behind_equal_ones);
+    RUN(tail_goes_after_equal_ones);
     RUN(document_of_two_thousand_million_tokens);
     free(packer);
     return test_end();

@@ -171,7 +171,7 @@ TEST(only_damaged_saves_are_no_fresh_start) {
     for (int step = 6; step <= 12; step += 6)
         CHECK_INT(truncate(file_of("out", step, "optim_rank000.safetensors"), 1000), 0);
     CHECK_INT(run("%s --out %s --resume auto", train(), in_dir("out")), EXIT_CHECKPOINT);
-    CHECK_SAID("all 2 saves");
+    CHECK_SAID("/ckpt: found 2 saves, none of them whole");
 }
 
 // A save named by --resume, with `bytes` of a file left or a bit of a tensor inverted, is refused.
@@ -242,6 +242,31 @@ TEST(a_run_does_not_mix_its_saves_with_those_of_another) {
     read_log(&csv, in_dir("out"));
     CHECK_INT(csv.rows, 13);
     train_well("--out %s --resume %s --steps 13", in_dir("out"), save_of("out", 12));
+}
+
+// The lock of a run ends with its process.
+TEST(two_processes_do_not_share_a_folder) {
+    train_well("--out %s --steps 6", in_dir("out"));
+    CHECK_INT(run("cp %s %s", in_dir("out/log.csv"), in_dir("log.csv")), 0);
+    CHECK_INT(run("exec 9>>%s && flock -n 9 && %s --out %s --resume auto 9>&-", in_dir("out/lock"),
+                  train(), in_dir("out")),
+              EXIT_USAGE);
+    CHECK_SAID(": another process is running there; stop it, or choose another folder");
+    CHECK_SAME_FILE(in_dir("out/log.csv"), in_dir("log.csv"));
+    train_well("--out %s --resume auto", in_dir("out"));
+}
+
+TEST(changed_flags_are_named) {
+    train_well("--out %s --steps 6 --save-every 2", in_dir("out"));
+    train_well("--out %s --resume auto --seed 2 --lr-matrix 0.1 --keep 5", in_dir("out"));
+    CHECK_INT(count_said("warning: "), 1);
+    CHECK_SAID("warning: --resume goes on with other flags than the save's: --steps 12 (was 6), "
+               "--lr-matrix 0.1 (was 0.02), --seed 2 (was 1337): the order of the data stays the "
+               "save's\n");
+    CHECK_INT(run("mkdir %s && mv %s/s0*.bin %s", in_dir("moved"), dir, in_dir("moved")), 0);
+    train_well("--train '%s/*.bin' --out %s --resume auto --seed 2 --lr-matrix 0.1",
+               in_dir("moved"), in_dir("out"));
+    CHECK_NOT_SAID("warning: ");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -362,9 +387,9 @@ TEST(a_gradient_that_is_not_finite_is_named) {
     CHECK_INT(csv.rows, 1);
 }
 
-// v = 0 behind a wo so large that the gradient of attention overflows, and with it all that backward
-// makes after it: of layer 1 wq, wk and wv, of layer 0 and the embedding everything. (The head's
-// gradient, wo's and the MLP's are finite.)
+// v = 0 before a wo so large that the gradient of attention overflows, and with it all that
+// backward makes after it: of layer 1 wq, wk and wv, of layer 0 and the embedding everything. (The
+// head's gradient, wo's and the MLP's are finite.)
 TEST(the_first_bad_gradient_is_the_one_that_backward_makes_first) {
     const char *flags = "--depth 2 --lr-lm-head 100";
     train_well("%s --out %s --steps 1", flags, in_dir("out"));
@@ -493,6 +518,8 @@ int main(void) {
     RUN_IN_DIR(another_shape_is_refused_with_both);
     RUN_IN_DIR(saves_of_other_steps_are_kept_as_asked);
     RUN_IN_DIR(a_run_does_not_mix_its_saves_with_those_of_another);
+    RUN_IN_DIR(two_processes_do_not_share_a_folder);
+    RUN_IN_DIR(changed_flags_are_named);
     RUN_IN_DIR(other_data_than_the_saves_is_named);
     RUN_IN_DIR(a_run_that_diverges_ends_before_it_saves_what_is_not_finite);
     RUN_IN_DIR(a_gradient_that_is_not_finite_is_named);

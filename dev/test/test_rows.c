@@ -115,7 +115,7 @@ TEST(every_document_is_used_once_in_an_epoch) {
     }
 }
 
-// 20,000 documents, a fifth of their tokens in some much longer than a row: behind the end of epoch 0
+// 20,000 documents, a fifth of their tokens in some much longer than a row: after the end of epoch 0
 // the rows hold as many documents as before it. (Later ends: rows.h.)
 TEST(the_buffer_stays_full_across_an_epochs_end) {
     enum { TOKENS = 400000, T = 40 };
@@ -136,8 +136,8 @@ TEST(the_buffer_stays_full_across_an_epochs_end) {
     }
     CHECK_INT(row.epoch, 1);
     CHECK_INT(low, 0);
-    double before = (double)pieces[0] / rows[0], behind = (double)pieces[1] / rows[1];
-    CHECK(behind > 0.9 * before && behind < 1.1 * before);
+    double before = (double)pieces[0] / rows[0], after = (double)pieces[1] / rows[1];
+    CHECK(after > 0.9 * before && after < 1.1 * before);
     free(row.piece);
     rows_free(&s);
     corpus_free(&c);
@@ -192,7 +192,7 @@ static uint64_t epoch_of(const int *ends, int rows) {
     return (uint64_t)e;
 }
 
-// From the start to behind the end of epoch 3.
+// From the start to past the end of epoch 3.
 static void seek_everywhere(bool bestfit, bool keep) {
     int count[] = {300, 90, 511}, ends[6], T = 16, wrong = 0;
     Corpus c = corpus_make(3, count, 60, true);

@@ -24,19 +24,22 @@ static const char *names(const char *dir, const char *pattern) {
 
 TEST(patterns_give_files_by_name_each_once) {
     char dir[256], path[512];
-    const char *made[] = {"b.bin", "a.bin", "c.bin", "a,b.bin", "sub/aa.bin"};
+    const char *made[] = {"b.bin", "a.bin", "c.bin", "a,b.bin", "sub/aa.bin", "d e.bin"};
     snprintf(dir, sizeof dir, "%s", test_make_dir());
     snprintf(path, sizeof path, "%s/sub", dir);
     io_make_dir(path);
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         snprintf(path, sizeof path, "%s/%s", dir, made[i]);
         write_shard(path, tokens, 3);
     }
     CHECK_STR(names(dir, "@/c.bin"), "c.bin ");
     CHECK_STR(names(dir, "@/?.bin"), "a.bin b.bin c.bin ");
-    CHECK_STR(names(dir, "@/c.bin,@/a.bin @/b.bin"), "a.bin b.bin c.bin ");
+    CHECK_STR(names(dir, "@/c.bin,@/a.bin,@/b.bin"), "a.bin b.bin c.bin ");
     CHECK_STR(names(dir, "@/c.bin, @/?.bin,"), "a.bin b.bin c.bin ");
-    CHECK_STR(names(dir, "@/b.bin @/*/aa.bin @/a.bin"), "a.bin aa.bin b.bin ");
+    CHECK_STR(names(dir, "@/b.bin,@/*/aa.bin,\n @/a.bin"), "a.bin aa.bin b.bin ");
+    CHECK_STR(names(dir, "@/d e.bin,@/a.bin"), "a.bin d e.bin ");
+    CHECK_STR(names(dir, "@/d*.bin,@/d e.bin"), "d e.bin ");
+    CHECK_STR(names(dir, "@/a.bin @/b.bin"), "");
     CHECK_STR(names(dir, "@/a,b.bin"), "a,b.bin ");
     CHECK_STR(names(dir, "@/a.bin,@/none.bin"), "");
     CHECK(strstr(io_error, "none.bin: found no such file, expected token shards"));

@@ -57,8 +57,8 @@ TEST(the_file_stop_saves_and_ends) {
     train_well("--out %s", in_dir("whole"));
     touch(in_dir("out/STOP"));
     CHECK_INT(run("%s --out %s", train(), in_dir("out")), EXIT_PREEMPTED);
-    CHECK_SAID("stopped behind step 1, as asked; it is saved, and --resume auto goes on from it");
-    CHECK_STR(listing(in_dir("out")), "ckpt log.csv run.json");
+    CHECK_SAID("stopped after step 1, as asked; it is saved, and --resume auto goes on from it");
+    CHECK_STR(listing(in_dir("out")), "ckpt lock log.csv run.json");
     CHECK_STR(listing(in_dir("out/ckpt")), "step_00000001");
     check_goes_on("");
 }
@@ -68,7 +68,7 @@ TEST(the_file_save_saves_and_goes_on) {
     touch(in_dir("out/SAVE"));
     train_well("--out %s", in_dir("out"));
     CHECK_INT(count_said("saved step 1, as asked"), 1);
-    CHECK_STR(listing(in_dir("out")), "ckpt log.csv run.json");
+    CHECK_STR(listing(in_dir("out")), "ckpt lock log.csv run.json");
     CHECK_STR(listing(in_dir("out/ckpt")), "step_00000001 step_00000012");
     CHECK_INT(io_remove(in_dir("out/ckpt/step_00000012")), 0);
     check_goes_on("");
@@ -82,9 +82,9 @@ TEST(signals_save_and_end) {
         snprintf(flags, sizeof flags, LONGER "--out %s", in_dir("out"));
         snprintf(then, sizeof then, "kill -%s $p", names[i]);
         CHECK_INT(signalled(flags, "first step ", then), EXIT_PREEMPTED);
-        CHECK_INT(count_said("stopped behind step "), 1);
+        CHECK_INT(count_said("stopped after step "), 1);
         CHECK_NOT_SAID("error: ");
-        CHECK(atoi(strstr(printed, "stopped behind step ") + 20) < 40);
+        CHECK(atoi(strstr(printed, "stopped after step ") + 19) < 40);
         check_goes_on(LONGER);
         CHECK_INT(io_remove(in_dir("out")), 0);
     }
@@ -105,7 +105,7 @@ TEST(the_same_signal_again_ends_the_run_at_once) {
               EXIT_PREEMPTED);
     CHECK_SAID("error: told to stop by the same signal for the second time: ended at once");
     CHECK_NOT_SAID("loss");
-    CHECK_STR(listing(in_dir("out")), "log.csv run.json");
+    CHECK_STR(listing(in_dir("out")), "lock log.csv run.json");
 }
 
 // As Slurm does it. The second signal comes in the middle of the save, which is of 75 MB: its

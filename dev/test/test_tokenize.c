@@ -118,7 +118,7 @@ static void put_shard(const char *name, const uint16_t *tokens, int count) {
 // ---------------------------------------------------------------------------------------------
 // Documents.
 
-TEST(each_file_is_a_document_behind_a_bos) {
+TEST(each_file_is_a_document_after_a_bos) {
     put_text("a.txt", "first");
     put_text("b.txt", "second\n");
     CHECK_INT(tokenize("%s %s", in_dir("b.txt"), in_dir("a.txt")), 0);
@@ -138,6 +138,8 @@ TEST(a_folder_is_read_by_name_with_its_folders) {
     check_shard("out_train_000000.bin", "|y|z|b|c");
     CHECK_INT(tokenize("--endings 'md, txt' %s %s", in_dir("in"), in_dir("in/c.bin")), 0);
     check_shard("out_train_000000.bin", "|y|z|b|c");  // c.bin is named
+    CHECK_INT(tokenize("--endings '.md *.txt' %s %s", in_dir("in"), in_dir("in/c.bin")), 0);
+    check_shard("out_train_000000.bin", "|y|z|b|c");  // c.bin is named
     CHECK_INT(tokenize("--endings md %s", in_dir("in")), 0);
     check_shard("out_train_000000.bin", "|z");
 }
@@ -148,9 +150,9 @@ TEST(empty_documents_are_left_out) {
     CHECK_INT(tokenize("%s %s %s", in_dir("empty.txt"), in_dir("full.txt"), in_dir("empty.txt")),
               0);
     check_shard("out_train_000000.bin", "|x");
-    CHECK_SAID("2 empty ones left out");
+    CHECK_SAID("2 empty left out");
     CHECK_INT(tokenize("%s", in_dir("empty.txt")), EXIT_DATA);
-    CHECK_SAID("found no text in 1 files");
+    CHECK_SAID("found no text in 1 file, expected");
 }
 
 TEST(a_line_separates_documents) {
@@ -203,7 +205,7 @@ TEST(lines_longer_than_a_block_are_whole) {
     memcpy(text + (1 << 20), "\n--\n", 4);
     memcpy(text + (1 << 21) - 1, "\n--\n", 4);
     put("b.txt", text, n);
-    CHECK_INT(tokenize("--split-on -- %s", in_dir("b.txt")), 0);
+    CHECK_INT(tokenize("--split-on=-- %s", in_dir("b.txt")), 0);
     list = shard("out_train_000000.bin");
     CHECK_INT(list.count, n - 2 * 3 + 3);
     CHECK_INT(list.ids[(1 << 20) + 2], 256);
@@ -264,7 +266,7 @@ TEST(shards_end_with_the_document_that_fills_them) {
     CHECK_INT(*p, 0);
 }
 
-TEST(an_older_shard_behind_the_new_ones_is_pointed_out) {
+TEST(an_older_shard_after_the_new_ones_is_pointed_out) {
     put_300();
     CHECK_INT(tokenize("--shard-tokens 700 %s", in_dir("300.jsonl")), 0);
     CHECK(!strstr(printed, "earlier run"));
@@ -295,6 +297,18 @@ TEST(what_can_not_be_used_is_refused) {
     CHECK_SAID("expected a header");
     CHECK_INT(run("%s %s --out %s", program("tokenize"), in_dir("a.txt"), in_dir("a.txt/b/c")),
               EXIT_USAGE);
+    // a file too large for a document, seen before it is read
+    put_text("large.txt", "a");
+    CHECK_INT(truncate(in_dir("large.txt"), (off_t)1 << 34), 0);
+    double start = test_seconds();
+    CHECK_INT(tokenize("%s", in_dir("large.txt")), EXIT_DATA);
+    CHECK_SAID("large.txt: found a document of 17179869184 bytes, expected at most 1073741824;");
+    CHECK(test_seconds() - start < 1);
+    // a place that cannot be written to
+    CHECK_INT(io_make_dir(in_dir("out_train_000000.bin.tmp")), 0);
+    CHECK_INT(tokenize("%s", in_dir("a.txt")), EXIT_USAGE);
+    CHECK_SAID("--out: cannot create ");
+    CHECK_SAID("; choose another --out");
     CHECK(!io_exists(in_dir("out_train_000000.bin")));
 }
 
@@ -321,6 +335,7 @@ TEST(gpt2_tokens_are_those_of_the_tokenizer) {
 #else
     CHECK_INT(code, EXIT_USAGE);
     CHECK_SAID("libpcre2-dev");
+    CHECK(strstr(printed, "error: ") && !strstr(strstr(printed, "error: ") + 1, "error: "));
 #endif
 }
 
@@ -343,9 +358,9 @@ TEST(the_shards_do_not_depend_on_the_threads) {
 // ---------------------------------------------------------------------------------------------
 // bigram.
 
-static double printed_number(const char *behind) {
-    const char *at = strstr(printed, behind);
-    return at ? atof(at + strlen(behind)) : NAN;
+static double printed_number(const char *after) {
+    const char *at = strstr(printed, after);
+    return at ? atof(at + strlen(after)) : NAN;
 }
 
 TEST(bigram_equals_a_hand_worked_case) {
@@ -502,7 +517,7 @@ TEST(get_tokenizer_exits_8_when_a_download_fails) {
 #define RUN_IN_DIR(name) (dir = test_make_dir(), RUN(name), test_remove_dir(dir))
 
 int main(void) {
-    RUN_IN_DIR(each_file_is_a_document_behind_a_bos);
+    RUN_IN_DIR(each_file_is_a_document_after_a_bos);
     RUN_IN_DIR(a_folder_is_read_by_name_with_its_folders);
     RUN_IN_DIR(empty_documents_are_left_out);
     RUN_IN_DIR(a_line_separates_documents);
@@ -511,7 +526,7 @@ int main(void) {
     RUN_IN_DIR(lines_longer_than_a_block_are_whole);
     RUN_IN_DIR(the_split_is_drawn_by_document_number);
     RUN_IN_DIR(shards_end_with_the_document_that_fills_them);
-    RUN_IN_DIR(an_older_shard_behind_the_new_ones_is_pointed_out);
+    RUN_IN_DIR(an_older_shard_after_the_new_ones_is_pointed_out);
     RUN_IN_DIR(out_may_be_a_folder);
     RUN_IN_DIR(what_can_not_be_used_is_refused);
     RUN_IN_DIR(gpt2_tokens_are_those_of_the_tokenizer);

@@ -199,6 +199,9 @@ TEST(encoding_appends_and_knows_no_separator) {
 TEST(without_pcre2_encoding_says_what_to_install) {
     TokenList list = {NULL, 0, 0};
     DIES(EXIT_USAGE, "install libpcre2-dev") tokenizer_encode(&subset, "a", 1, &list);
+    DIES(EXIT_USAGE, "install libpcre2-dev") tokenizer_require_encode(&subset);
+    tokenizer_encode(&subset, "", 0, &list);  // a sample's prompt, when none is given
+    CHECK_INT(list.count, 0);
 }
 #endif
 

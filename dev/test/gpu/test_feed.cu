@@ -109,7 +109,7 @@ static void check_loads(int rows, int T, bool doc_mask) {
     loader_init(&loader, &config, 0, 1), loader_init(&same, &config, 0, 1);
     feed_init(&f, &test_gpu, &c, MAX_ROWS * MAX_T, MAX_ROWS, SLOTS, PLACES);
     for (int round = 0; round < 3; round++) {
-        for (int slot = 0; slot < SLOTS; slot++) feed_load(&f, slot, &loader, rows, T);
+        for (int slot = 0; slot < SLOTS; slot++) feed_load(&f, slot, &loader, rows, T, slot % 2);
         for (int slot = 0; slot < SLOTS; slot++) {
             int n = rows * T, *tokens = gpu_expected<int>(n), *targets = gpu_expected<int>(n);
             loader_next(&same, tokens, targets, rows);
@@ -169,7 +169,7 @@ static void bench(void) {
     feed_init(&f, &test_gpu, &c, rows * T, rows, 1, 1);
     for (int i = 0; i < times; i++) {
         double start = test_seconds();
-        feed_load(&f, 0, &loader, rows, T);
+        feed_load(&f, 0, &loader, rows, T, false);
         double loaded = test_seconds();
         feed_send(&f, 0, 0, 0);
         CUDA_CHECK(cudaStreamSynchronize(0));
