@@ -568,7 +568,8 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     attend_backward(m, b, l, W);
     // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
     if (w->value_embed) {
-        trace_op(t, "value_embed backward", i, 0, 3 * nC + 8.0 * n * C);
+        trace_op(t, "value_embed backward", i, 0,
+                 nC + b->distinct * C * (sizeof(floatX) + 8.0) + 8.0 * n * H);
         value_embed_backward(dw->value_embed, a->dz, a->dqkv + 2 * C, l->gate, w->value_embed,
                              b->index, a->scratch, n, H, D, 3 * C, s);
     }
@@ -633,7 +634,7 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase,
                    a->smear, embed->smear_gate, embed->smear_lambda, b->doc_start, a->scratch, n, C,
                    s);
     block_release(m, embed_block());
-    trace_op(t, "embed_norm backward", -1, 0, 5 * nC + 4.0 * n * C);
+    trace_op(t, "embed_norm backward", -1, 0, 4 * nC + 8.0 * b->distinct * C);
     norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, s);
     embed_backward(m->dw.embed.wte, a->dx, b->index, a->scratch, n, C, s);
     trace_end(t);
