@@ -78,8 +78,8 @@ static inline void check_val(const ShardList *train, const Shard *val) {
                  val->file.path, s->file.path);
 }
 
-// That a file can be made with the name that two parts make. A full disk may have room again when it
-// is due.
+// That a file can be made with the name that two parts make. A full disk may have room again when
+// it is due.
 static inline void check_place(const char *flag, const char *begin, const char *end) {
     char path[2 * IO_PATH_MAX];
     IoFile f;
@@ -90,8 +90,8 @@ static inline void check_place(const char *flag, const char *begin, const char *
     unlink(path);
 }
 
-// Makes the folder --out, sees that it can be written to, and takes it for this process alone, until
-// `lock` is closed.
+// Makes the folder --out, sees that it can be written to, and takes it for this process alone,
+// until `lock` is closed.
 static inline void check_out(const char *out, IoFile *lock) {
     char path[2 * IO_PATH_MAX];
     if (io_make_dir(out)) die(EXIT_USAGE, "--out: %s", io_error);
