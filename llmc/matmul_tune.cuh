@@ -9,14 +9,15 @@
 //
 //     matmul_tune_forward, _dgrad, _wgrad      of one product of a linear layer each
 //
-// Takes some 30 products' time a shape, before the first step; needs memory for the product.
+// Takes 20 to 30 products' time a shape, before the first step; needs memory for the product.
 #ifndef LLMC_MATMUL_TUNE_CUH
 #define LLMC_MATMUL_TUNE_CUH
 
 #include "llmc/matmul.cuh"  // Matmul, MatmulShape, matmul_ask, matmul_plan
 
 constexpr int TUNE_CANDIDATES = 8, TUNE_TURNS = 4;  // the first turn warms up
-constexpr float TUNE_FASTER = 0.98f;                // of the first answer's time, at most
+// Of the first answer's time: what a better one takes at most; what one is not tried again at.
+constexpr float TUNE_FASTER = 0.98f, TUNE_HOPELESS = 1.1f;
 constexpr int TUNE_BLOCKS = 1024, TUNE_THREADS = 256;
 
 __device__ __forceinline__ unsigned tune_mix(unsigned x) {  // MurmurHash3's last step
@@ -102,6 +103,7 @@ static inline bool matmul_tune(Matmul *m, MatmulShape shape, void *memory, size_
             TuneResult *r = &result[i];
             if (turn == 1) r->ms = 0;
             if (turn && r->hash != result[0].hash) continue;
+            if (turn > 1 && r->ms > TUNE_HOPELESS * result[0].ms) continue;
             if (found[i].state != CUBLAS_STATUS_SUCCESS ||
                 !tune_turn(m, &w, &found[i].algo, d, d_bytes, a, b, event, hash, r, stream))
                 r->hash = result[0].hash + 1;
