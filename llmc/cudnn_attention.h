@@ -28,7 +28,7 @@ typedef struct CudnnAttention CudnnAttention;
 CudnnAttention *cudnn_attention_init(size_t deterministic_bytes);
 void cudnn_attention_free(CudnnAttention *a);
 
-// Leaves with EXIT_USAGE when cuDNN can not do what the flags say.
+// Leaves with EXIT_USAGE when cuDNN cannot do what the flags say.
 void cudnn_attention_check(int T, bool doc_mask);
 
 // Plans both passes of this shape. Returns the work memory that serves it and all shapes before.

@@ -141,12 +141,12 @@ static inline void run_check_flags(const Run *r) {
 
 // A micro-batch must divide the batch, which may leave it far smaller than it could be.
 static inline void run_check_micro_batch(const Run *r) {
-    int64_t rows = r->plan.batch / r->cfg.T, most = model_micro_tokens(&r->cfg, r->flags.recompute) / r->cfg.T;
+    int64_t rows = r->plan.batch / r->cfg.T;
+    int64_t most = model_micro_tokens(&r->cfg, r->flags.recompute) / r->cfg.T;
     if (most > rows) most = rows;
     if (r->flags.micro_batch || 2 * r->plan.micro_rows >= most) return;
     warn("micro-batches of %d row%s, where %lld would fit: the %lld rows of --batch-tokens %lld "
-         "have "
-         "no larger divisor up to there; choose a number of rows that has",
+         "have no larger divisor up to there; choose a number of rows that has",
          r->plan.micro_rows, r->plan.micro_rows == 1 ? "" : "s", (long long)most, (long long)rows,
          (long long)r->plan.batch);
 }

@@ -5,8 +5,8 @@
 #
 # OUT: the file to write [gpt2_tokenizer.bin]. VOCAB_BPE, ENCODER_JSON: URLs or files [OpenAI's].
 # Needs a C compiler (CC, or cc), and curl or wget for URLs. What comes from OpenAI's URLs must have
-# the SHA-256 that tiktoken expects. Exit codes: 2 usage, or OUT cannot be written, 3 other files than
-# expected, 8 a download failed.
+# the SHA-256 that tiktoken expects. Exit codes: 2 usage, or OUT cannot be written, 3 other files
+# than expected, 8 a download failed.
 set -eu
 
 usage="usage: $0 [OUT [VOCAB_BPE ENCODER_JSON]]"

@@ -115,8 +115,8 @@ TEST(every_document_is_used_once_in_an_epoch) {
     }
 }
 
-// 20,000 documents, a fifth of their tokens in some much longer than a row: after the end of epoch 0
-// the rows hold as many documents as before it. (Later ends: rows.h.)
+// 20,000 documents, a fifth of their tokens in some much longer than a row: after the end of epoch
+// 0 the rows hold as many documents as before it. (Later ends: rows.h.)
 TEST(the_buffer_stays_full_across_an_epochs_end) {
     enum { TOKENS = 400000, T = 40 };
     int count[] = {TOKENS};
