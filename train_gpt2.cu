@@ -72,7 +72,7 @@
 
 // =============================================================================================
 // Parameters: pointers into an arena laid out by the table. Weights are floatX; what is small
-// (gates, lambdas) is read from the FP32 masters. Of the gradients all is FP32.
+// (gates, lambdas) is read from the FP32 masters. All gradients are FP32.
 
 template <class T> struct EmbedViews {
     T *wte;               // (Vp, C)
@@ -113,6 +113,7 @@ template <class T> static T *view(const Table *t, T *arena, Role role, int layer
     return x ? arena + x->offset : NULL;
 }
 
+// The gates and lambdas are taken from `small`, the rest from `arena`.
 template <class T>
 static Views<T> views_of(const Table *t, const Config *c, T *arena, float *small) {
     Views<T> v;
@@ -156,7 +157,7 @@ typedef struct {
 
 typedef struct {
     LayerActivations layer[MODEL_MAX_LAYERS];
-    floatX *embed, *x0;  // (n, C): N(wte[idx]); behind the smear
+    floatX *embed, *x0;  // (n, C): embed: N(wte[idx]); x0: that, smeared
     float *embed_r;      // (n)
     float *smear;        // (n): the smear gates
     floatX *hf;          // (n, C): the normed input of the head
@@ -185,7 +186,7 @@ static size_t scratch_bytes(const Config *c, int n) {
     return largest(bytes, value_gate_scratch_bytes(n, c->H));
 }
 
-// A place of `bytes` in the memory from `base` on; NULL: only counts.
+// Takes the next `bytes` of the memory from `base` on, of which *at are taken. NULL: only counts.
 static void *place(char *base, size_t *at, size_t bytes) {
     void *p = base ? base + *at : NULL;
     *at += (bytes + 255) / 256 * 256;
@@ -194,8 +195,8 @@ static void *place(char *base, size_t *at, size_t bytes) {
 
 #define PLACE(field, type, size, count) field = (type *)place(memory, at, (size) * (count))
 
-// Lays out one layer. Layer 0 has all of it; of the others `l` comes as a copy of that one, and what
-// is kept gets a place of its own. level: --recompute.
+// Lays out one layer. Layer 0 has all of it; of the others `l` comes as a copy of that one, and
+// what is kept gets a place of its own. level: --recompute.
 static void layer_layout(LayerActivations *l, const Config *c, size_t n, int i, int level,
                          char *memory, size_t *at) {
     size_t C = (size_t)c->C, H = (size_t)c->H, F = (size_t)c->F, X = sizeof(floatX);
@@ -231,7 +232,7 @@ static size_t activations_layout(Activations *a, const Config *c, int tokens, in
     PLACE(a->hf, floatX, X, n * C), PLACE(a->rf, float, 4, n);
     PLACE(a->losses, float, 4, n), PLACE(a->dh, floatX, X, n * C);
     PLACE(a->scratch, void, 1, scratch_bytes(c, tokens));
-    // The head is done with the logits when backward begins, and dfc is used up when dqkv is made.
+    // The head is done with the logits when backward begins, and dfc is not read once dqkv is made.
     size_t shared = bytes, head_end;
     PLACE(a->logits, floatX, X, head_rows * (size_t)c->Vp);
     head_end = bytes, bytes = shared;
@@ -275,7 +276,7 @@ struct Model {
     bool held[MODEL_MAX_LAYERS + 2];  // blocks of weights between get and release
     int recompute;                    // --recompute
     Activations a;
-    void *activations;  // the memory behind a
+    void *activations;  // the memory that a points into
 #ifdef USE_CUDNN
     CudnnAttention *cudnn;
     void *cudnn_work;
@@ -283,7 +284,7 @@ struct Model {
 #endif
     Muon muon;
     StepState *host_step;                // pinned
-    void *numbers;                       // the memory behind the next four
+    void *numbers;                       // what the next six point into
     StepState *step;                     // what changes from step to step
     double *norm_partial, *tensor_norm;  // (chunks), (tensors): sums of squares
     int *first_chunk;                    // (tensors + 1): where each tensor's chunks begin
@@ -299,8 +300,8 @@ struct Model {
     cudaGraphExec_t graph;  // step_work in that phase; NULL: not captured
 };
 
-// The table's blocks of weights, each from get to release. On one GPU they are always there; held
-// tells misuse.
+// The table's blocks of weights, each used from get to release only. On one GPU they are always
+// there; `held` catches misuse.
 static int embed_block(void) { return 0; }
 static int layer_block(int i) { return 1 + i; }
 static int head_block(const Model *m) { return 1 + m->cfg.L; }
@@ -325,7 +326,7 @@ static const LayerWeights *layer_get(Model *m, int i) {
     return &m->w.layer[i];
 }
 
-// All lambdas, too, which every layer reads: held through a whole pass.
+// With it come all lambdas, which every layer reads: held through a whole pass.
 static const HeadWeights *head_get(Model *m) {
     block_get(m, head_block(m));
     return &m->w.head;
@@ -333,7 +334,7 @@ static const HeadWeights *head_get(Model *m) {
 
 // =============================================================================================
 // Forward and backward. Each trace_op names the operation that follows, with the floating-point
-// operations it must do and the bytes it must move (n C numbers of floatX: X bytes).
+// operations it must do and the bytes it must move (nC: those of n C numbers of floatX).
 
 static double matmul_flops(int n, int K, int N) { return 2.0 * n * K * N; }
 
@@ -354,8 +355,8 @@ static double attention_flops(int n, int T, int C, int W, int products) {
 }
 
 #ifdef USE_CUDNN
-// Whether attention is cuDNN's, which must plan each shape: of whole micro-batches. Samples, the
-// last rows of a validation and smaller phases stay with ours.
+// Whether attention of this batch is cuDNN's, which must plan each shape: whole micro-batches are.
+// Samples, the last rows of a validation and smaller phases stay with ours.
 static bool by_cudnn(const Model *m, const DeviceBatch *b) {
     return b->T == m->cfg.T && (size_t)b->n == m->max_tokens;
 }
@@ -421,7 +422,7 @@ static void layer_attend(Model *m, const DeviceBatch *b, const Phase *phase, int
     attend(m, b, l, W);
 }
 
-// h2 of layer i, the norm of the stream behind attention.
+// h2 of layer i, the norm of the stream after attention.
 static void layer_norm(Model *m, const DeviceBatch *b, int i) {
     LayerActivations *l = &m->a.layer[i];
     trace_op(&m->trace, "norm", i, 0, 3.0 * sizeof(floatX) * b->n * m->cfg.C);
@@ -490,9 +491,9 @@ static void keep_logits(Model *m, float *keep /* (rows, V) */, int rows) {
 }
 
 // Losses of n tokens into a.losses, the head in chunks of HEAD_ROWS: the logits of a whole
-// micro-batch never exist at once. With grad_scale > 0 also the gradients: that of lm_head, added to
-// what is there from other micro-batches (`first`: nothing yet), and for the trunk a.dh. keep: (n, V)
-// on the host, for the capped logits, or NULL.
+// micro-batch never exist at once. With grad_scale > 0 also the gradients: that of lm_head, added
+// to what is there from other micro-batches (`first`: nothing yet), and for the trunk a.dh. keep:
+// (n, V) on the host, for the capped logits, or NULL.
 static void head_loss(Model *m, const DeviceBatch *b, const HeadWeights *head, float grad_scale,
                       bool first, float *keep) {
     Activations *a = &m->a;
@@ -596,7 +597,7 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     block_release(m, layer_block(i));
 }
 
-// The gradients of a block have their last term: their squares are summed on the side.
+// The gradients of a block have their last term: the second stream sums their squares.
 static void block_is_final(Model *m, int block) {
     CUDA_CHECK(cudaEventRecord(m->block_final[block], m->stream));
     CUDA_CHECK(cudaStreamWaitEvent(m->norms, m->block_final[block], 0));
@@ -707,8 +708,8 @@ static void model_update(Model *m) {
 // =============================================================================================
 // A step.
 
-// Fills those of the next step's slots that are not filled yet. ahead: the step before is still under
-// way, and shall have its result, so bad data only end the loading.
+// Fills those of the next step's slots that are not filled yet. ahead: the step before is still
+// under way, and shall have its result, so bad data only end the loading.
 static void fetch_batches(Model *m, Loader *loader, const Phase *phase, bool ahead) {
     int from = m->set * m->feed.places;
     while (m->loaded < phase->micro_steps &&
@@ -716,25 +717,25 @@ static void fetch_batches(Model *m, Loader *loader, const Phase *phase, bool ahe
         m->loaded++;
 }
 
-// Sends them to their places, and --dump's copies to keep.
-static void send_batches(Model *m, const Phase *phase, StepTrace *keep) {
+// Sends the step's batches to their places on the GPU, and --dump's copies to the trace.
+static void send_batches(Model *m, const Phase *phase, StepTrace *trace) {
     size_t n = (size_t)phase->micro_rows * (size_t)phase->T;
     for (int i = 0; i < phase->micro_steps; i++) {
         int slot = m->set * m->feed.places + i;
         const DeviceBatch *b = &m->feed.slot[slot].batch;
         feed_send(&m->feed, slot, i, m->stream);
-        if (!keep) continue;
-        memcpy(keep->tokens + (size_t)i * n, b->tokens, n * sizeof(int));
-        memcpy(keep->targets + (size_t)i * n, b->targets, n * sizeof(int));
+        if (!trace) continue;
+        memcpy(trace->tokens + (size_t)i * n, b->tokens, n * sizeof(int));
+        memcpy(trace->targets + (size_t)i * n, b->targets, n * sizeof(int));
     }
 }
 
 // All that a step does between batches and result.
-static void step_work(Model *m, const Phase *phase, StepTrace *keep) {
+static void step_work(Model *m, const Phase *phase, StepTrace *trace) {
     for (int i = 0; i < phase->micro_steps; i++) {
         DeviceBatch b = feed_get(&m->feed, i, phase->micro_rows, phase->T);
         size_t at = (size_t)i * (size_t)b.n * (size_t)m->cfg.V;
-        model_accumulate(m, &b, phase, i, keep ? keep->logits + at : NULL);
+        model_accumulate(m, &b, phase, i, trace ? trace->logits + at : NULL);
     }
     model_update(m);
 }
@@ -754,14 +755,14 @@ static void step_forget(Model *m) {
     m->graph = NULL;
 }
 
-// A phase's first step is done as it is, which loads kernels and plans products; so are steps whose
-// inside is looked at. The second is captured, and replayed from then on.
-static void step_run(Model *m, const Phase *phase, StepTrace *keep) {
+// A phase's first step is done as it is, which loads kernels and plans products; so are steps that
+// are traced. The second is captured, and replayed from then on.
+static void step_run(Model *m, const Phase *phase, StepTrace *trace) {
     bool same = !memcmp(&m->phase, phase, sizeof *phase);
     if (!same) step_forget(m);
     m->phase = *phase;
-    if (!same || keep || m->trace.timed) {
-        step_work(m, phase, keep);
+    if (!same || trace || m->trace.timed) {
+        step_work(m, phase, trace);
         return;
     }
     if (!m->graph) step_capture(m, phase);
@@ -769,7 +770,7 @@ static void step_run(Model *m, const Phase *phase, StepTrace *keep) {
 }
 
 // The tensor whose gradient was the first not to be finite, NULL: all are. Copies them all to the
-// host, when the run is about to end.
+// host: for a run that is about to end.
 static const char *find_bad_tensor(const Model *m) {
     float *grads = (float *)die_alloc(m->table.numel, sizeof *grads, "a copy of the gradients");
     CUDA_CHECK(cudaMemcpy(grads, m->grads, m->table.numel * sizeof *grads, cudaMemcpyDeviceToHost));
@@ -780,15 +781,15 @@ static const char *find_bad_tensor(const Model *m) {
 
 // The first of the step's rows, from `row` on, whose loss is not finite when it is alone in the
 // batch: attention multiplies whole tiles, where a masked NaN still makes NaNs of rows beside its
-// own. When the run is about to end. first: the slot of the step's first micro-batch.
-static int find_bad_row(Model *m, const Phase *phase, int first, int row) {
+// own. For a run that is about to end. first_slot: of the step's first micro-batch.
+static int find_bad_row(Model *m, const Phase *phase, int first_slot, int row) {
     size_t T = (size_t)phase->T, n = (size_t)phase->micro_rows * T;
     size_t count = (size_t)phase->micro_steps * n;
     int *inputs = (int *)die_alloc(2 * count, sizeof *inputs, "a copy of the step's tokens");
     int *targets = inputs + count, rows = (int)(count / T), found = row;
     double *losses = (double *)die_alloc(T, sizeof *losses, "a row's losses"), sum = 0;
     for (int i = 0; i < phase->micro_steps; i++) {  // model_losses uses one of the slots
-        const DeviceBatch *b = &m->feed.slot[first + i].batch;
+        const DeviceBatch *b = &m->feed.slot[first_slot + i].batch;
         memcpy(inputs + (size_t)i * n, b->tokens, n * sizeof *inputs);
         memcpy(targets + (size_t)i * n, b->targets, n * sizeof *targets);
     }
@@ -802,42 +803,42 @@ static int find_bad_row(Model *m, const Phase *phase, int first, int row) {
     return found;
 }
 
-// What the step left in host_step. first: the slot of its first micro-batch.
-static StepResult step_result(Model *m, const Phase *phase, int first) {
+// What the step left in host_step. first_slot: of its first micro-batch.
+static StepResult step_result(Model *m, const Phase *phase, int first_slot) {
     const StepState *done = m->host_step;
     StepResult r;
     memset(&r, 0, sizeof r);
     r.loss = done->loss_sum / (double)phase->batch, r.grad_norm = done->grad_norm;
     r.finite = !done->skip;
-    r.bad_row = done->bad_row == INT_MAX ? -1 : find_bad_row(m, phase, first, done->bad_row);
+    r.bad_row = done->bad_row == INT_MAX ? -1 : find_bad_row(m, phase, first_slot, done->bad_row);
     if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m);
     int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
-    r.origin = m->feed.slot[first + row / phase->micro_rows].origin[row % phase->micro_rows];
+    r.origin = m->feed.slot[first_slot + row / phase->micro_rows].origin[row % phase->micro_rows];
     return r;
 }
 
 StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
-                      const Flags *flags, int64_t step, StepTrace *keep) {
+                      const Flags *flags, int64_t step, StepTrace *trace) {
     cudaStream_t s = m->stream;
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
     gradients_clear(m);
     fetch_batches(m, loader, phase, false);
-    send_batches(m, phase, keep);
-    step_run(m, phase, keep);
+    send_batches(m, phase, trace);
+    step_run(m, phase, trace);
     CUDA_CHECK(cudaMemcpyAsync(m->host_step, m->step, sizeof *m->step, cudaMemcpyDeviceToHost, s));
     LoaderState at = loader_state(loader);
-    int first = m->set * m->feed.places;
+    int first_slot = m->set * m->feed.places;
     m->set = 1 - m->set, m->loaded = 0;
-    if (!keep && step + 1 < plan->steps) {
+    if (!trace && step + 1 < plan->steps) {
         Phase next = phase_at(plan, &m->cfg, step + 1);
         fetch_batches(m, loader, &next, true);
     }
     CUDA_CHECK(cudaStreamSynchronize(s));
-    StepResult result = step_result(m, phase, first);
+    StepResult result = step_result(m, phase, first_slot);
     result.at = at;
-    if (keep)
-        CUDA_CHECK(cudaMemcpy(keep->grads, m->grads, m->table.numel * sizeof(float),
+    if (trace)
+        CUDA_CHECK(cudaMemcpy(trace->grads, m->grads, m->table.numel * sizeof(float),
                               cudaMemcpyDeviceToHost));
     return result;
 }
@@ -845,7 +846,8 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
 // =============================================================================================
 // Validation and samples.
 
-// Given rows in the GPU's first place. Between steps it is free, as are the slots of the last one.
+// Sends given rows to the GPU's first place. Between steps that is free, as are the slots of the
+// step before.
 static DeviceBatch send_rows(Model *m, const int *inputs, const int *targets, int rows, int T) {
     int slot = (1 - m->set) * m->feed.places;
     feed_put(&m->feed, slot, inputs, targets, rows, T);
@@ -898,11 +900,11 @@ int model_micro_tokens(const Config *c, int recompute) {
     return most < 131072 ? (int)most : 131072;
 }
 
-// Attention has a block along y for each 64 tokens, and a grid 65535 of them.
+// Attention has a block along y for each 64 tokens, and a grid at most 65535 of them.
 enum { MOST_TOKENS = 65535 * 64 };
 
-// Exits 2 on flags that no GPU can do. Kernels count heads of tokens, or 128 channels of them, in
-// ints, and the step that they take behind the last one.
+// Exits 2 on flags that no GPU can do. Kernels count the heads of all tokens, or pieces of 128 of
+// their channels, in ints, and go one step past the last.
 static void model_require(const Config *c, const Plan *plan) {
     Phase most = phase_largest(plan, c);
     int64_t tokens = (int64_t)most.micro_rows * most.T;
@@ -941,7 +943,7 @@ static void upload(void *device, const void *host, size_t bytes) {
 #ifdef USE_CUDNN
 enum { CUDNN_DETERMINISTIC = 1 << 30 };  // bytes that cuDNN may take to be deterministic
 
-// Plans attention for every window; tells the memory that it works in.
+// Plans attention for every window; sets cudnn_bytes, the memory that it works in.
 static void cudnn_init(Model *m, const Phase *phase) {
     const Config *c = &m->cfg;
     int n = phase->micro_rows * phase->T;
@@ -966,14 +968,15 @@ static size_t numbers_layout(Model *m, char *memory) {
     return at;
 }
 
-// Tells the GPU where each tensor's chunks of sums of squares begin: one behind the other.
+// Tells the GPU where each tensor's chunks of sums of squares begin: one after the other.
 static void norms_init(Model *m) {
     int count = m->table.count;
-    int *first = (int *)die_alloc((size_t)count + 1, sizeof *first, "chunks of gradients");
+    int *first_chunk =
+        (int *)die_alloc((size_t)count + 1, sizeof *first_chunk, "chunks of gradients");
     for (int i = 0; i < count; i++)
-        first[i + 1] = first[i] + grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
-    upload(m->first_chunk, first, ((size_t)count + 1) * sizeof *first);
-    free(first);
+        first_chunk[i + 1] = first_chunk[i] + grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
+    upload(m->first_chunk, first_chunk, ((size_t)count + 1) * sizeof *first_chunk);
+    free(first_chunk);
     m->block_final =
         (cudaEvent_t *)die_alloc((size_t)m->table.blocks, sizeof(cudaEvent_t), "events");
     for (int i = 0; i < m->table.blocks; i++)

@@ -19,7 +19,7 @@ __device__ __forceinline__ void adamw_element(float &p, float &m, float &v, floa
                                               const AdamwNumbers &k) {
     m = k.beta1 * m + (1 - k.beta1) * g;
     v = k.beta2 * v + (1 - k.beta2) * g * g;
-    p = k.keep * p - k.step * m / (sqrtf(v * k.v_unbias) + k.eps);
+    p = k.shrink * p - k.rate * m / (sqrtf(v * k.v_unbias) + k.eps);
 }
 
 // A thread takes VEC elements; the last of the tensor take the slow path.

@@ -92,7 +92,7 @@ typedef struct {
     dim3 grid, block;
 } TokenLaunch;
 
-// For n tokens of C channels, about `repeats` of them one behind the other.
+// For n tokens of C channels, about `repeats` of them one after the other.
 static inline TokenLaunch token_launch(int n, int C, int repeats) {
     if (C > CHANNELS_MAX)
         die(EXIT_USAGE, "--channels: found %d, expected at most %d on a GPU", C, CHANNELS_MAX);

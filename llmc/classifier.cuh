@@ -88,7 +88,7 @@ static __global__ void __launch_bounds__(CLASSIFIER_THREADS, CLASSIFIER_BLOCKS)
             if (grad_scale > 0) vec_store(keep + i + j * CLASSIFIER_STEP, x[j]);
         }
     }
-    int rest = whole + threadIdx.x;  // the columns behind the last whole piece, one a thread
+    int rest = whole + threadIdx.x;  // the columns after the last whole piece, one a thread
     float x_rest = 0;
     if (rest < V) x_rest = to_float(row[rest]), classify(&x_rest, &sum);
 

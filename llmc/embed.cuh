@@ -57,7 +57,7 @@ static __global__ void __launch_bounds__(EMBED_THREADS)
             int t[EMBED_AHEAD];
             float row[EMBED_AHEAD][VEC];
 #pragma unroll
-            for (int j = 0; j < EMBED_AHEAD; j++)  // behind the last one: the last again
+            for (int j = 0; j < EMBED_AHEAD; j++)  // after the last one: the last again
                 t[j] = index.position[piece.first + min(k + j, piece.count - 1)];
 #pragma unroll
             for (int j = 0; j < EMBED_AHEAD; j++) vec_load(row[j], dx + (size_t)t[j] * C + c);

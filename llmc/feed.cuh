@@ -115,9 +115,9 @@ static inline void feed_close(const Feed *f, FeedSlot *s, size_t bytes) {
     s->bytes = (size_t)((char *)s->batch.index.counts - s->memory) + bytes;
 }
 
-// Fills a slot with the loader's next rows of T tokens; waits for the loader where it is behind. Where
-// their data are bad it ends the program, or, when they are loaded ahead of need, returns false: the
-// next call comes to the same rows.
+// Fills a slot with the loader's next rows of T tokens; waits for the loader where it is behind.
+// Where their data are bad it ends the program, or, when they are loaded ahead of need, returns
+// false: the next call comes to the same rows.
 static inline bool feed_load(Feed *f, int slot, Loader *l, int rows, int T, bool ahead) {
     assert(rows <= f->max_rows);
     loader_require_length(l, T);

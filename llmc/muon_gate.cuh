@@ -83,7 +83,7 @@ __device__ __forceinline__ double muon_squares(const float *x, int stride, int n
     return sum;
 }
 
-// Step 3 behind the division. A = X^T X with X seen as (lines, side); poly: b A + c A^2. Returns
+// Step 3 after the division. A = X^T X with X seen as (lines, side); poly: b A + c A^2. Returns
 // where X ends up: x or next.
 __device__ __forceinline__ float *muon_gate_polar(float *x, float *next,  // (lines, side)
                                                   float *a, float *poly,  // (side, side)

@@ -69,7 +69,7 @@ __device__ __forceinline__ void cp_async_4(unsigned to, const void *from, bool t
                  : "memory");
 }
 
-// Waits for all copies that this thread started. Others see them behind the next barrier.
+// Waits for all copies that this thread started. Others see them after the next barrier.
 __device__ __forceinline__ void cp_async_wait(void) {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -23,7 +23,7 @@
 //
 // A product runs on its own: from wgmma_fence() over any number of them to wgmma_commit() is one
 // group; wgmma_wait<N>() waits for all but the last N groups. Until then nobody may touch D, nor A
-// in registers. The compiler does not know that: pin(x), behind the wait, keeps what uses x there.
+// in registers. The compiler does not know that: pin(x), after the wait, keeps what uses x there.
 #ifndef LLMC_PTX_SM90_CUH
 #define LLMC_PTX_SM90_CUH
 
@@ -107,7 +107,7 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int row, in
 }
 
 // Starts the copy of a box from shared memory to (row, column). What threads have stored there it
-// sees behind fence_async() by each of them, and a barrier.
+// sees after fence_async() by each of them, and a barrier.
 __device__ __forceinline__ void tma_store(const CUtensorMap *map, int row, int column,
                                           const void *from) {
     asm volatile(

@@ -1,4 +1,4 @@
-// relu2.cuh: the nonlinearity of the MLP, ReLU^2 (Primer, So et al. 2021), behind a product:
+// relu2.cuh: the nonlinearity of the MLP, ReLU^2 (Primer, So et al. 2021), after a product:
 //
 //     y = relu(x)^2,    dx = 2 relu(x) dy = 2 sqrt(y) dy
 //

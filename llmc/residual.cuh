@@ -7,7 +7,7 @@
 //
 // S is the stream at that place, handed over as an unfinished sum, Residual {x, a, b}: x is what
 // mix_norm made last (x0 before the first layer), a and b what attention and MLP add to it; S is
-// x + a before the MLP, and x + a + b behind a layer.
+// x + a before the MLP, and x + a + b after a layer.
 //
 // Backward of backout_norm. dx is the gradient of what leaves the last layer:
 //     dx = r (dhf - hf mean(dhf hf)),   dlambda -= <dx, x_middle>,   dx_middle = -lambda dx
@@ -17,7 +17,8 @@
 // Backward of mix_norm. Its x has a third way, through attention; d is all of its gradient:
 //     d = dx + dx_mlp + r (dh - h mean(dh h)),   dlambda += <d, x_in>,   dlambda0 += <d, x0>,
 //     dx0 += lambda0 d,   dx_in = lambda d, the gradient of what enters the layer
-// In the last layer dx0 is made, not added to. In the first x_in is x0, and dx_in goes into dx0, too.
+// In the last layer dx0 is made, not added to. In the first x_in is x0, and dx_in goes into dx0,
+// too.
 //
 // Tensors are (n, C), r is (n), lambdas are FP32 on the device, and so are their gradients. All of
 // it is FP32 in registers, rounded only where it is stored: h is the norm of the x before rounding.
@@ -35,7 +36,7 @@
 // The stream as an unfinished sum x + a + b. x lies on BF16's grid, so that x + a, rounded, is x
 // again wherever a is below half an ulp of x: when training begins every branch is, and each layer
 // would swallow both of its own. So the sum is made in FP32 by each kernel that reads it, and
-// rounded once a layer, behind lambda, where the errors have no direction. In a model of depth 4
+// rounded once a layer, after lambda, where the errors have no direction. In a model of depth 4
 // whose forward was rounded to BF16, that brought the error of the loss at step 11 from 2e-2 to
 // 3e-3 (docs/measurements.md). dx and dx_mlp are kept apart for the same reason: 3e-3 to 4e-4.
 typedef struct {
@@ -49,8 +50,8 @@ typedef struct {
 // terms have one sign when training begins. (H200, depth 12, the ninth step: dlambda 2% to 37% too
 // large, first layers to last.) The factor must not be a short fraction: 1.3 times the 128 values
 // that a BF16 mantissa can have falls on 10 places between its neighbours, and there rounding still
-// has a direction. Times the golden ratio less 0.38 it falls everywhere. What is left of a branch a,
-// on average over x and a, for branches of this size:
+// has a direction. Times the golden ratio less 0.38 it falls everywhere. What is left of a branch
+// a, on average over x and a, for branches of this size:
 //
 //     a / x             3e-5    1e-4    3e-4    1e-3
 //     factor 1          0.02    0.06    0.17    0.52

@@ -26,14 +26,13 @@
 #include "llmc/model.h"  // Config, Group, config_matrix_params
 
 typedef struct {
-    int64_t batch;   // tokens per update
-    int64_t steps;   // n
-    int micro_rows;  // rows at once per rank
-    int64_t
-        micro_steps;   // forward and backward passes per update, each of micro_rows on every rank
-    double horizon;    // Z
-    double horizon12;  // Z12
-    int recompute;     // what backward makes again instead of keeping it, on a GPU: 0 to 2
+    int64_t batch;        // tokens per update
+    int64_t steps;        // n
+    int micro_rows;       // rows at once per rank
+    int64_t micro_steps;  // passes per update, forward and backward, micro_rows on every rank each
+    double horizon;       // Z
+    double horizon12;     // Z12
+    int recompute;        // what backward makes again instead of keeping it, on a GPU: 0 to 2
 } Plan;
 
 // What may change from one step to the next, but for T: the loader's rows keep one length. Without
@@ -120,20 +119,17 @@ static inline Phase phase_largest(const Plan *p, const Config *c) { return phase
 
 // The numbers of one group, its lr scaled by width and batch.
 static inline GroupNumbers plan_group(const Plan *p, const Flags *f, const Config *c, Group group) {
-    double batch_scale = sqrt((double)p->batch / exp2(19)), width_scale = sqrt(768.0 / c->C);
+    double by_batch = sqrt((double)p->batch / exp2(19)), by_width = sqrt(768.0 / c->C);
+    double wd_matrix = f->wd_matrix * by_batch * p->horizon12 / p->horizon;
+    // In the order of Group: name, lr, beta1, beta2, eps, wd.
     GroupNumbers table[GROUP_COUNT] = {
-        /* GROUP_LM_HEAD     */ {"lm_head", f->lr_lm_head * width_scale * batch_scale, 0.8, 0.96,
-                                 1e-10, 0.01},
-        /* GROUP_WTE         */
-        {"wte", f->lr_wte * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.001},
-        /* GROUP_VALUE_EMBED */
-        {"value_embed", f->lr_value_embed * width_scale * batch_scale, 0.8, 0.995, 1e-10, 0.01},
-        /* GROUP_RESID       */ {"resid_lambda", f->lr_resid * batch_scale, 0.8, 0.95, 1e-8, 0.05},
-        /* GROUP_X0          */ {"x0_lambda", f->lr_x0 * batch_scale, 0.96, 0.95, 1e-8, 0},
-        /* GROUP_SMEAR       */ {"smear, backout", f->lr_smear, 0.8, 0.95, 1e-8, 0},
-        /* GROUP_MATRIX      */
-        {"matrices (Muon)", f->lr_matrix * batch_scale, 0, 0.9, 0,
-         f->wd_matrix * batch_scale * p->horizon12 / p->horizon},
+        {"lm_head", f->lr_lm_head * by_width * by_batch, 0.8, 0.96, 1e-10, 0.01},
+        {"wte", f->lr_wte * by_width * by_batch, 0.8, 0.995, 1e-10, 0.001},
+        {"value_embed", f->lr_value_embed * by_width * by_batch, 0.8, 0.995, 1e-10, 0.01},
+        {"resid_lambda", f->lr_resid * by_batch, 0.8, 0.95, 1e-8, 0.05},
+        {"x0_lambda", f->lr_x0 * by_batch, 0.96, 0.95, 1e-8, 0},
+        {"smear, backout", f->lr_smear, 0.8, 0.95, 1e-8, 0},
+        {"matrices (Muon)", f->lr_matrix * by_batch, 0, 0.9, 0, wd_matrix},
     };
     return table[group];
 }
@@ -161,11 +157,11 @@ static inline Schedule schedule_at(int64_t it, int64_t n, int warmup) {
 }
 
 // The learning rate of a group, numbers k, where the schedule is at s. In step 0 the lambdas rest:
-// as long as wo and wproj are 0, x is a multiple of x0 and every norm undoes resid_lambda, x0_lambda
-// and backout_lambda, so that their gradients are 0 but for rounding, whose sign AdamW would take
-// for a direction. (smear_lambda, which has a gradient, is of backout's group and rests with it.) (H200, depth 12,
-// BF16 against FP32 with and without that first step: the losses of step 14 are 0.028 and 0.005
-// apart.)
+// as long as wo and wproj are 0, x is a multiple of x0 and every norm undoes resid_lambda,
+// x0_lambda and backout_lambda, so that their gradients are 0 but for rounding, whose sign AdamW
+// would take for a direction. (smear_lambda, which has a gradient, is of backout's group and rests
+// with it.) (H200, depth 12, BF16 against FP32 with and without that first step: the losses of step
+// 14 are 0.028 and 0.005 apart.)
 static inline double schedule_lr(Schedule s, GroupNumbers k, Group group) {
     bool lambdas = group == GROUP_RESID || group == GROUP_X0 || group == GROUP_SMEAR;
     return s.first && lambdas ? 0 : k.lr * s.lr;

@@ -23,8 +23,8 @@
 
 // One group's numbers at step t = 1, 2, ..., made in double and rounded once.
 typedef struct {
-    float step;      // lr / (1 - beta1^t)
-    float keep;      // 1 - lr wd
+    float rate;      // lr / (1 - beta1^t)
+    float shrink;    // 1 - lr wd
     float v_unbias;  // 1 / (1 - beta2^t)
     float beta1, beta2, eps;
 } AdamwNumbers;
@@ -57,8 +57,8 @@ static inline void step_numbers(StepState *s, const Plan *plan, const Flags *f, 
             continue;
         }
         AdamwNumbers *a = &s->adamw[i];
-        a->step = (float)(lr / (1 - pow(k.beta1, t)));
-        a->keep = (float)(1 - lr * k.wd);
+        a->rate = (float)(lr / (1 - pow(k.beta1, t)));
+        a->shrink = (float)(1 - lr * k.wd);
         a->v_unbias = (float)(1 / (1 - pow(k.beta2, t)));
         a->beta1 = (float)k.beta1, a->beta2 = (float)k.beta2, a->eps = (float)k.eps;
     }

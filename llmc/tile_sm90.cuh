@@ -35,7 +35,7 @@ typedef struct {
 } Ring;
 
 // The barriers of `count` stages: how many arrive when one is full, how many when it is empty.
-// __syncthreads() comes next. The TMA, which arrives at them, sees them behind both fences.
+// __syncthreads() comes next. The TMA, which arrives at them, sees them after both fences.
 __device__ __forceinline__ void ring_init(uint64_t *full, uint64_t *empty, int count, unsigned fill,
                                           unsigned drain) {
     if (threadIdx.x > 0) return;

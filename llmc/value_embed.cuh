@@ -103,7 +103,7 @@ static __global__ void __launch_bounds__(VALUE_THREADS, 5)
                 int t[VALUE_AHEAD];
                 float row[VALUE_AHEAD][WIDTH] = {}, g[VALUE_AHEAD];
 #pragma unroll
-                for (int j = 0; j < VALUE_AHEAD; j++)  // behind the last one: the last again
+                for (int j = 0; j < VALUE_AHEAD; j++)  // after the last one: the last again
                     t[j] = position[min(k + j, piece.count - 1)];
 #pragma unroll
                 for (int j = 0; j < VALUE_AHEAD; j++) {

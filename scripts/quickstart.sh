@@ -1,7 +1,7 @@
 #!/bin/sh
 # make quickstart: this repository's text -> byte shards -> a small model (0.8M parameters) trained
-# for about a minute on 2 cores -> its validation loss beside a bigram model's, and a sample. Nothing
-# is downloaded. Files of the run: build/quickstart/. Expected: about 2.0 nats against 2.7.
+# for about a minute on 2 idle cores -> its validation loss beside a bigram model's, and a sample.
+# Nothing is downloaded. Files of the run: build/quickstart/. Expected: about 2.0 nats against 2.6.
 set -eu
 build=${1:-build}
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # idle threads sleep: others may use this machine
@@ -13,8 +13,8 @@ echo "--- text: one file, one document; every tenth or so is held out for valida
 "$build/tokenize" --tokenizer bytes --out "$out/" --val-fraction 0.1 --seed 3 --endings "c h md sh py" \
     README.md train_gpt2.c Makefile llmc dev scripts
 
-# Learning rates are for batches of 2^19 tokens and fall with the root of the batch; a run this short
-# learns more with eight times as much.
+# Learning rates are for batches of 2^19 tokens and fall with the root of the batch; a run this
+# short learns more with eight times as much.
 echo "--- training"
 "$build/train_gpt2" --train "$out/train_*.bin" --val "$out/val_*.bin" --tokenizer bytes --out "$out" \
     --depth 3 --channels 128 --heads 2 --seq-len 256 --batch-tokens 2048 --steps 320 --warmup 10 \

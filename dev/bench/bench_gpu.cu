@@ -6,14 +6,14 @@
 //
 // It is the trainer itself, on tokens drawn by Zipf's law (V 32768, T 2048, windows SSSL): first 31
 // steps as always, the median of steps 10 to 30 for the tokens a second; then TRACED steps with an
-// event before and behind each operation, for the table. An operation's row adds up its calls of a
+// event before and after each operation, for the table. An operation's row adds up its calls of a
 // step, all layers and micro-batches; its rate is in what binds it, arithmetic or memory, and % of
 // the ceiling is the time that it would take at the ceiling over the time it took. What it must
 // move counts once: of weights, inputs, outputs each byte.
 //
 // Sums of squares of gradients are on a second stream and have no row. Attention and the products
 // of gemm_sm90.cuh leave them no room, as blocks of these take 64,512 of the 65,536 registers of
-// each SM: they run before or behind, and what waits for them shows their time in its own row.
+// each SM: they run before or after, and what waits for them shows their time in its own row.
 #include <unistd.h>
 
 #define main train_gpt2cu_main

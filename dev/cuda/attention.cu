@@ -4,7 +4,7 @@
 //     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
 //     j = first_i .. i,         lse_i = log sum_j exp(s_ij) = m_i + log sum_j exp(s_ij - m_i)
 //
-// Query i sees the keys first_i .. i: none behind itself, none before its window, none of another
+// Query i sees the keys first_i .. i: none after itself, none before its window, none of another
 // document (llmc/attention_call.cuh; every kernel here is given its struct Attention). m_i is the
 // largest s_ij: it keeps exp from overflowing, and cancels. q, k, v are BF16, D = 128 numbers a
 // row. A pair of query and key costs 128 multiplications and additions for s_ij and as many for
@@ -29,7 +29,7 @@
 //     tensor cores   989 TFLOP/s   one of small BF16 matrices, by a warp together, 4096
 //
 // __syncthreads() is where all threads of a block meet, __syncwarp() those of a warp: what others
-// wrote ahead of it can be read behind it.
+// wrote ahead of it can be read after it.
 //
 // THE LADDER on an H200: 32 rows of T = 2048, H = 6, no window; 2.06e11 FLOPs. The ceiling is what
 // cuDNN reaches. "-": not measured yet; `make ladder OP=attention` prints this table.
@@ -45,7 +45,7 @@
 //     sm90  llmc/attention_sm90.cuh: TMA, wgmma            353       584     128%          -
 //
 // To read on the way: llmc/attention_call.cuh first; ahead of v5 the opening comment of
-// llmc/ptx.cuh; behind v6 llmc/attention.cuh; last llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
+// llmc/ptx.cuh; after v6 llmc/attention.cuh; last llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
 // llmc/attention_sm90.cuh.
 #include "dev/cuda/ladder.cuh"      // Rung, ladder_check, ladder_time
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key
@@ -248,7 +248,7 @@ static void forward_v3(const Attention &a, float *) { launch_warp_rows(forward_v
 // the same four banks, and lanes that want them would be served one row at a time; so 8 at a time.
 // A block walks from the tile of its own 64 tokens down to the first key that its first query sees:
 // a query has seen itself in the first tile, and m is finite from then on. Tiles in which none of
-// the block sees anything are never visited. What lies behind row n - 1 is read as zeros, not
+// the block sees anything are never visited. What lies after row n - 1 is read as zeros, not
 // written.
 
 constexpr int TILE = 64;       // queries of a block, keys of a tile

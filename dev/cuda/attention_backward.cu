@@ -415,7 +415,7 @@ static void backward_v5(const Attention &a) {
 // ---------------------------------------------------------------------------------------------
 // v6: copies run beside products. v5's warps wait for a tile, then compute, and no copy is under
 // way. cp.async copies by itself; with room for two tiles the next one lands while this one is
-// used, and one barrier a tile is enough: behind it this tile is there, and all are done with the
+// used, and one barrier a tile is enough: after it this tile is there, and all are done with the
 // one before, whose place the next one takes.
 
 __device__ __forceinline__ void copy_keys(KeyTile &tile, const Attention &a, int k0) {

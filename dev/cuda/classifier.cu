@@ -150,7 +150,7 @@ static void classifier_v3(floatX *logits, float *losses, const int *targets, flo
 // used. A load is a request that is answered some 600 ns later; a thread stops only where it uses
 // what has not come. The compiler knows that: it has unrolled v3's loops, and loads 16 numbers
 // ahead in the first, 32 bytes, and 4 in the second, 8 bytes. Here 64 bytes a thread are on their
-// way in both, by an eighth of the loads and stores. Columns behind the last whole piece, 1 of the
+// way in both, by an eighth of the loads and stores. Columns after the last whole piece, 1 of the
 // 50257, and the padding are for one thread each.
 
 constexpr int AHEAD = 4, STEP = THREADS * VEC;

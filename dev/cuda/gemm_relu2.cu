@@ -503,7 +503,7 @@ static void gemm_relu2_v7(bf16 *y, const bf16 *x, const bf16 *w, int n, int K, i
 }
 
 // ---------------------------------------------------------------------------------------------
-// llmc: llmc/gemm_sm90.cuh. For what a block of v7 does before its first product and behind its
+// llmc: llmc/gemm_sm90.cuh. For what a block of v7 does before its first product and after its
 // last, tensor cores wait, unless the SM's other block happens to be in its midst. With 12 steps to
 // a tile that is much. So now a block stays on its SM for tile after tile, its producer runs on to
 // the next one at once, and while one group's tile is on its way out the other group multiplies:

@@ -42,7 +42,7 @@
 static Matmul matmul_context;
 
 typedef struct {
-    int count, R, K;        // matrices, one behind the other
+    int count, R, K;        // matrices, one after the other
     int side, lines;        // min(R, K), max(R, K)
     MuonArenas arena;       // w, w in BF16, G, buf (count, R, K), s (count, lines)
     const StepState *step;  // mu, b2, lr, wd; what clipping multiplies G by
@@ -238,7 +238,7 @@ template <class T> struct Products {
     T *a, *poly;  // (batch, side, side): A, b A + c A^2
 };
 
-// Polar Express, behind the division: from p.x to what is returned, p.x or p.next.
+// Polar Express, after the division: from p.x to what is returned, p.x or p.next.
 template <class T>
 static const T *polar(const Job *j, Products<T> p, int batch, cudaStream_t stream) {
     int R = j->R, K = j->K, side = j->side;
@@ -287,7 +287,7 @@ static void muon_v2(Job *j, cudaStream_t stream) {
 // ---------------------------------------------------------------------------------------------
 // v3: fill the GPU. A product of v2 has 768 x 768 elements: 18 tiles of (128, 256), or 36 of (128,
 // 128), for 132 SMs. Each takes some 10 us, and is to be launched, which takes the host a few.
-// There are 720 of them, one behind the other, and 670 kernels between. But matrices do not wait
+// There are 720 of them, one after the other, and 670 kernels between. But matrices do not wait
 // for one another. A batched product is told how many there are and how far apart they lie: 864
 // tiles, 15 products in all, and 14 other kernels. All that happens to the code is that a loop
 // goes.
@@ -339,7 +339,7 @@ static void muon_v4(Job *j, cudaStream_t stream) {
 //
 // 36 bytes, in loads of 16, as in rmsnorm.cu's v4. In a model matrices of one shape lie among
 // others, layer by layer: these kernels look up where each begins (MuonMatrix); their X lie one
-// behind the other, for the products.
+// after the other, for the products.
 
 static void muon_llmc(Job *j, cudaStream_t stream) {
     MuonArenas a = j->arena;
@@ -359,7 +359,7 @@ static const Rung<MuonUpdate> RUNGS[] = {
     {"llmc", "half the bytes in what is not a product", muon_llmc},
 };
 
-// Of X behind step 3 in BF16, and so of the change of w: test_muon.cu tells why.
+// Of X after step 3 in BF16, and so of the change of w: test_muon.cu tells why.
 constexpr double TOLERANCE_POLAR = 4e-2;
 
 // All but the arenas; lr and wd of the step.

@@ -46,8 +46,9 @@ static bool append_spelled(Token *token, const char *s, size_t n) {
     return token->size > 0;
 }
 
-static void read_encoder(const char *path) {
-    char *text, name[2048];
+// name: what messages call the file.
+static void read_encoder(const char *path, const char *name) {
+    char *text, spelled[2048];
     size_t size, length;
     uint64_t id;
     Json j;
@@ -55,29 +56,35 @@ static void read_encoder(const char *path) {
     json_init(&j, text, size);
     for (json_enter(&j, '{'); json_more(&j, '}');) {
         Token token = {{0}, 0};
-        if (!json_string(&j, name, sizeof name, &length) || !json_expect(&j, ':', "expected :"))
+        if (!json_string(&j, spelled, sizeof spelled, &length) ||
+            !json_expect(&j, ':', "expected :"))
             break;
         if (!json_u64(&j, &id)) break;
-        if (!append_spelled(&token, name, length))
+        if (!append_spelled(&token, spelled, length))
             die(EXIT_DATA,
                 "%s, before byte %zu: found the token '%s', expected 1 to 255 characters that "
                 "stand for bytes",
-                path, j.at, name);
+                name, j.at, spelled);
         if (id >= TOKENS_MAX || tokens[id].size)
-            die(EXIT_DATA, "%s, before byte %zu: found id %llu, expected a new one below %d", path,
+            die(EXIT_DATA, "%s, before byte %zu: found id %llu, expected a new one below %d", name,
                 j.at, (unsigned long long)id, TOKENS_MAX);
         tokens[id] = token;
         token_count++;
     }
-    if (!json_end(&j)) die(EXIT_DATA, "%s, byte %zu: %s", path, j.error_at, j.error);
+    if (!json_end(&j)) die(EXIT_DATA, "%s, byte %zu: %s", name, j.error_at, j.error);
     for (int i = 0; i < token_count; i++)
         if (!tokens[i].size)
-            die(EXIT_DATA, "%s: found %d tokens but none with id %d", path, token_count, i);
+            die(EXIT_DATA, "%s: found %d tokens but none with id %d", name, token_count, i);
+    if (token_count <= 257)
+        die(EXIT_DATA,
+            "%s: found %d tokens, expected more than 257: one for each byte, one for each merge, "
+            "and the separator",
+            name, token_count);
     free(text);
 }
 
 // Checks that merge i, "left right", spells token 256 + i.
-static void check_merge(const char *path, int i, const char *line, size_t n) {
+static void check_merge(const char *name, int i, const char *line, size_t n) {
     Token joined = {{0}, 0};
     const char *space = (const char *)memchr(line, ' ', n);
     size_t left = space ? (size_t)(space - line) : 0;
@@ -87,24 +94,24 @@ static void check_merge(const char *path, int i, const char *line, size_t n) {
     if (!good || !token || joined.size != token->size ||
         memcmp(joined.bytes, token->bytes, (size_t)joined.size))
         die(EXIT_DATA,
-            "%s, line %d: found '%.*s', expected the two parts of token %d of the encoder", path,
+            "%s, line %d: found '%.*s', expected the two parts of token %d of the encoder", name,
             i + 2, (int)n, line, 256 + i);
 }
 
-static void check_merges(const char *path) {
+static void check_merges(const char *path, const char *name) {
     char *text;
     size_t size;
     int merges = 0;
     if (io_read_file(path, &text, &size)) die(EXIT_DATA, "%s", io_error);
     if (strncmp(text, "#version", 8))
-        die(EXIT_DATA, "%s, line 1: found '%.20s', expected #version", path, text);
+        die(EXIT_DATA, "%s, line 1: found '%.20s', expected #version", name, text);
     for (const char *line = text + strcspn(text, "\n"); *line; line += strcspn(line, "\n")) {
         size_t n = strcspn(++line, "\r\n");
-        if (n) check_merge(path, merges++, line, n);
+        if (n) check_merge(name, merges++, line, n);
     }
     if (token_count != 256 + merges + 1)
         die(EXIT_DATA,
-            "%s: found %d merges, expected %d: %d tokens less 256 bytes and the separator", path,
+            "%s: found %d merges, expected %d: %d tokens less 256 bytes and the separator", name,
             merges, token_count - 257, token_count);
     free(text);
 }
@@ -130,17 +137,22 @@ static void write_tokenizer(const char *path) {
 }
 
 int main(int argc, char **argv) {
-    const char *encoder, *merges, *out;
+    const char *encoder, *encoder_name, *merges, *merges_name, *out;
     Arg table[] = {
         {"encoder", ARG_STRING, &encoder, "encoder.json", "GPT-2's tokens and their ids", 0, 0, 0},
+        {"encoder-name", ARG_STRING, &encoder_name, "", "what messages call it; none: its path", 0,
+         0, 0},
         {"merges", ARG_STRING, &merges, "vocab.bpe", "GPT-2's merges", 0, 0, 0},
+        {"merges-name", ARG_STRING, &merges_name, "", "what messages call them; none: their path",
+         0, 0, 0},
         {"out", ARG_STRING, &out, "gpt2_tokenizer.bin", "the file to write", 0, 0, 0},
     };
-    args_parse(table, 3, "make_tokenizer --encoder FILE --merges FILE --out FILE", argc, argv);
+    args_parse(table, (int)(sizeof table / sizeof *table),
+               "make_tokenizer --encoder FILE --merges FILE --out FILE", argc, argv);
     tokens = (Token *)die_alloc(TOKENS_MAX, sizeof *tokens, "the tokens");
     fill_alphabet();
-    read_encoder(encoder);
-    check_merges(merges);
+    read_encoder(encoder, *encoder_name ? encoder_name : encoder);
+    check_merges(merges, *merges_name ? merges_name : merges);
     write_tokenizer(out);
     free(tokens);
     args_free();

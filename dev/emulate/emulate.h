@@ -1,6 +1,6 @@
-// emulate.h: a GPU made of one CPU thread: it runs the project's CUDA kernels, unchanged, where there
-// is no GPU. Every thread of a block is a fiber with a stack of its own; they run one after the other,
-// each until it has to wait for others. Blocks run one after the other.
+// emulate.h: a GPU made of one CPU thread: it runs the project's CUDA kernels, unchanged, where
+// there is no GPU. Every thread of a block is a fiber with a stack of its own; they run one after
+// the other, each until it has to wait for others. Blocks run one after the other.
 //
 //     translate.sed   kernel<<<grid, block, shared, stream>>>(...) becomes emulate::launch(...)(...)
 //     emulate.h       what a kernel sees of C++: threadIdx, __syncthreads, __shfl_sync, ...
@@ -8,12 +8,12 @@
 //     emulate.cc      fibers, barriers, launches; CUDA's runtime; the products of cuBLASLt
 //
 // LATE. What the hardware does on its own (copies to shared memory, wgmma, copies of the TMA) may
-// happen at any moment up to the one at which the program waits for it. Here it happens at the last:
-// copies when nobody else can go on, products when they are waited for. So what is read too early,
-// or overwritten too early, is wrong, every time. EMULATE=early does all of it at once instead, and
-// EMULATE=backward lets the threads of a block take their turns in the opposite order.
+// happen at any moment up to the one at which the program waits for it. Here it happens at the
+// last: copies when nobody else can go on, products when they are waited for. So what is read too
+// early, or overwritten too early, is wrong, every time. EMULATE=early does all of it at once
+// instead, and EMULATE=backward lets the threads of a block take their turns in the opposite order.
 //
-// MEMORY. What is allocated ends at a page that nobody may touch: the first access behind it names
+// MEMORY. What is allocated ends at a page that nobody may touch: the first access after it names
 // kernel, block and thread and ends the program. Device memory begins as NaN, as does a block's
 // dynamic shared memory.
 //
@@ -51,15 +51,15 @@ alignas(1024) extern unsigned char shared[SHARED_BYTES];
 typedef bool Waits(const void *what, uint64_t x);
 void wait(Waits *waits, const void *what, uint64_t x);
 
-// Barrier `id`: `threads` arrive (0: all of the block that still run), and wait for the others or not.
+// Barrier `id`: `threads` arrive (0: all of the block that still run); waits: for the others.
 void barrier(int id, int threads, bool waits);
 
 // The lanes of a warp that are in `mask`, and still run, meet. Each shows `bytes` of its own to the
-// others: returns where lane 0's lie, lane i's i times 32 bytes behind, until the next call.
+// others: returns where lane 0's lie, lane i's i times 32 bytes after, until the next call.
 const unsigned char *exchange(unsigned mask, const void *mine, size_t bytes);
 
 // Does `work` when it is waited for: copies that a barrier waits for; this thread's copies and
-// products, those that came behind the last commit or all but the last `groups` of them.
+// products, those that came after the last commit or all but the last `groups` of them.
 enum Queue { COPY, PRODUCT, STORE, QUEUES };
 void later(Queue queue, std::function<void()> work);
 void later_at_barrier(std::function<void()> work);

@@ -255,8 +255,8 @@ static inline void wgmma_gather(float (&x)[16], uint64_t descriptor, bool column
     }
 }
 
-// B of a product, gathered by the first of a warp's lanes that comes to it. All lanes of a warp start
-// the same products, so each counts them.
+// B of a product, gathered by the first of a warp's lanes that comes to it. All lanes of a warp
+// start the same products, so each counts them.
 enum { PRODUCTS_OPEN = 64 };  // of a warp, at most
 typedef struct {
     unsigned number;

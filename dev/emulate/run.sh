@@ -1,7 +1,8 @@
 #!/bin/sh
-# Runs the emulated GPU tests named on the command line, small, in two ways: all that is asynchronous
-# late; and at once, with the threads of a block in the opposite order. Then one trainer against the
-# other on a small model: losses, gradients and updates of the FP32 build, losses of the BF16 build.
+# Runs the emulated GPU tests named on the command line, small, in two ways: all that is
+# asynchronous late; and at once, with the threads of a block in the opposite order. Then one
+# trainer against the other on a small model: losses, gradients and updates of the FP32 build,
+# losses of the BF16 build.
 set -eu
 out=$BUILD/emulate
 export GRID=small OMP_NUM_THREADS=2

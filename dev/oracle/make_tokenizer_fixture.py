@@ -106,7 +106,7 @@ def lines(name, text):
 
 
 def invalid():
-    """Bytes that are not UTF-8, alone, inside words and behind white space."""
+    """Bytes that are not UTF-8, alone, inside words and after white space."""
     bad = ("80 bf c080 c1bf c3 c328 e09fbf e282 eda080 edbfbf efbf f08fbfbf f09f98 f4908080 f5808080 "
            "f888808080 fe ff fffe0000 e697a5e69c")
     for i, b in enumerate(map(bytes.fromhex, bad.split())):

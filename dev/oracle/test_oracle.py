@@ -1,4 +1,4 @@
-# test_oracle.py: the oracle held against what it can not get from itself: published vectors, finite
+# test_oracle.py: the oracle held against what it cannot get from itself: published vectors, finite
 # differences, invariances of the model, and hand-worked updates.
 #
 #     python dev/oracle/test_oracle.py

@@ -2,10 +2,11 @@
 #
 #     python3 dev/plot/plot.py --out docs/run.svg runs/a/log.csv "other seed=runs/b/log.csv"
 #
-# Each run is [LABEL=]FILE, a log.csv or any CSV with the columns step, loss, val_loss (one of the two
-# may be missing): the loss is a line, the mean of each of up to 200 groups of neighbouring steps; the
-# validation loss is a line with a circle at each point, and the last one's number beside it.
-# --x tokens counts tokens instead of steps; --top and --first cut away the steep start.
+# Each run is [LABEL=]FILE, a log.csv or any CSV with the columns step, loss, val_loss (one of the
+# losses may be missing): the loss is a line, the mean of each of up to 200 groups of neighbouring
+# steps; the validation loss is a line with a circle at each point, and the last one's number beside
+# it. A file whose name has a = in it needs no label. --x tokens counts tokens instead of steps; --top
+# and --first cut away the steep start.
 import argparse
 import csv
 import math
@@ -19,19 +20,59 @@ POINTS = 200  # of a line
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]  # Okabe, Ito 2008
 
 
+def fail(message):
+    sys.exit(f"plot.py: error: {message}")
+
+
+def finite(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def split_run(text):
+    """[LABEL=]FILE -> label, file: the longest end of it that is there."""
+    for at in [0] + [i + 1 for i, letter in enumerate(text) if letter == "="]:
+        path = text[at:]
+        if os.path.exists(path):
+            return text[:at][:-1] or os.path.basename(os.path.dirname(os.path.abspath(path))), path
+    fail(f"{text}: found no such file, expected [LABEL=]FILE")
+
+
+def read_rows(path, names):
+    """-> a list for each row: the numbers in these columns, None where a cell is empty."""
+    rows = []
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                rows.append([])
+                for name in names:
+                    try:
+                        rows[-1].append(finite(row[name]) if row.get(name) else None)
+                    except ValueError:
+                        fail(f"{path}, line {reader.line_num}: found {name} {row[name]!r}, "
+                             "expected a finite number")
+    except OSError as error:
+        fail(f"{path}: cannot read it: {error.strerror}")
+    except (ValueError, csv.Error) as error:
+        fail(f"{path}: found no CSV: {error}")
+    return rows
+
+
 def read_run(text, x_name, first):
     """-> label, losses, validations: lists of (x, y)."""
-    label, _, path = text.rpartition("=")
-    label = label or os.path.basename(os.path.dirname(os.path.abspath(path)))
-    curves = {"loss": [], "val_loss": []}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for name, curve in curves.items():
-                if row.get(name) and row.get(x_name) and float(row["step"]) >= first:
-                    curve.append((float(row[x_name]), float(row[name])))
-    if not curves["loss"] and not curves["val_loss"]:
-        sys.exit(f"{path}: found no row with {x_name} and loss or val_loss")
-    return label, curves["loss"], curves["val_loss"]
+    label, path = split_run(text)
+    rows = [row for row in read_rows(path, ("step", x_name, "loss", "val_loss"))
+            if row[0] is not None and row[1] is not None and row[2:] != [None, None]]
+    if not rows:
+        columns = "step" if x_name == "step" else f"step, {x_name}"
+        fail(f"{path}: found no row with {columns} and loss or val_loss")
+    shown = [row for row in rows if row[0] >= first]
+    if not shown:
+        fail(f"{path}: found no step from --first {first:g} on, the last is {rows[-1][0]:g}")
+    return (label, *([(row[1], row[k]) for row in shown if row[k] is not None] for k in (2, 3)))
 
 
 def thin(points):
@@ -60,7 +101,7 @@ class Frame:
     """Data to the picture's coordinates."""
 
     def __init__(self, points, top):
-        self.x0, self.x1 = 0, max(x for x, _ in points) or 1
+        self.x0, self.x1 = 0, max(1, *(x for x, _ in points))
         low, high = min(y for _, y in points), max(y for _, y in points)
         high = max(min(high, top), low) if top else high
         room = 0.04 * (high - low) or 0.5
@@ -120,13 +161,10 @@ def main():
     parser.add_argument("--out", required=True, help="the SVG")
     parser.add_argument("--title", default="Loss, nats per token")
     parser.add_argument("--x", choices=("step", "tokens"), default="step")
-    parser.add_argument("--top", type=float, default=0, help="losses above are cut off; 0: none")
-    parser.add_argument("--first", type=float, default=0, help="first step that is shown")
+    parser.add_argument("--top", type=finite, default=0, help="losses above are cut off; 0: none")
+    parser.add_argument("--first", type=finite, default=0, help="first step that is shown")
     args = parser.parse_args()
-    try:
-        runs = [read_run(text, args.x, args.first) for text in args.run]
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"plot.py: {error}")
+    runs = [read_run(text, args.x, args.first) for text in args.run]
     frame = Frame([p for _, losses, validations in runs for p in thin(losses) + validations],
                   args.top)
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -139,8 +177,11 @@ def main():
     for i, (_, losses, validations) in enumerate(runs):
         lines += curves(frame, losses, validations, COLORS[i % len(COLORS)])
     lines += [*legend(runs), "</svg>"]
-    with open(args.out, "w") as file:
-        file.write("\n".join(lines) + "\n")
+    try:
+        with open(args.out, "w") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:
+        fail(f"{args.out}: cannot write it: {error.strerror}")
 
 
 if __name__ == "__main__":

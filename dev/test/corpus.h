@@ -161,7 +161,7 @@ static inline int plain_pick(const PlainList *buffer, int space) {
     return best;
 }
 
-// Makes room for one more row behind `count` rows of n tokens; returns its place.
+// Makes room for one more row after `count` rows of n tokens; returns its place.
 static inline uint16_t *plain_row(uint16_t **rows, int count, int n) {
     if ((count & (count - 1)) == 0)
         *rows = (uint16_t *)realloc(*rows, 2 * (size_t)n * (size_t)(count ? 2 * count : 1));

@@ -21,7 +21,7 @@ typedef struct {
     char *file, *what, *from, *to;
 } Mutation;
 
-// The text behind the two characters of the next line that starts with `mark`; advances *at.
+// The text after the two characters of the next line that starts with `mark`; advances *at.
 static char *next_line(char **at, char mark, const char *list) {
     while (**at == '#' || **at == '\n') *at += strcspn(*at, "\n"), *at += **at == '\n';
     if (!**at && mark == '@') return NULL;

@@ -1,5 +1,6 @@
 // oracle.h: a whole trainer against an independent PyTorch model and optimizer in FP64, and against
-// itself. test_train_gpt2.c includes it behind train_gpt2.c, gpu/test_model.cu behind train_gpt2.cu.
+// itself. test_train_gpt2.c includes it after train_gpt2.c, gpu/test_model.cu after
+// train_gpt2.cu.
 //
 // dev/oracle/ wrote the fixtures; PyTorch is not needed here. Each names the trainer's flags and
 // holds tokens of three steps, and of the first step logits, loss and every gradient, after the
@@ -19,7 +20,7 @@
 // Of FP32. The includer may put others in their place.
 static struct {
     double loss, logits, gradient;             // of the first step
-    double later_loss, later_norm, parameter;  // behind updates
+    double later_loss, later_norm, parameter;  // after updates
 } tolerance = {1e-6, 1e-5, 1e-4, 1e-4, 1e-3, 1e-4};
 
 // ---------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ static void small_rows(int *rows /* (SMALL_TOKENS) */, int it) {
     }
 }
 
-// Two steps of SMALL. Keeps the gradients of the second and the parameters behind it.
+// Two steps of SMALL. Keeps the gradients of the second and the parameters after it.
 typedef struct {
     double loss;
     size_t numel;

@@ -44,7 +44,7 @@ static void check_splits(const EmbedIndex *index, int n, int V, const int *occur
     CHECK(split <= embed_max_splits(n));
 }
 
-// Builds the index of n tokens below V, checks it, and that nothing behind its bytes is written.
+// Builds the index of n tokens below V, checks it, and that nothing after its bytes is written.
 static void check_index(const int *tokens, int n, int V) {
     size_t bytes = embed_index_bytes(n);
     char *memory = aligned_alloc(16, (bytes + GUARD + 15) / 16 * 16);

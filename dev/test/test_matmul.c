@@ -21,7 +21,7 @@ static float *numbers(int64_t count, uint32_t stream) {
     return x;
 }
 
-enum { GUARD = 3 };                 // numbers behind each row of c that must stay as they are
+enum { GUARD = 3 };                 // numbers after each row of c that must stay as they are
 static const float POISON = 1e30f;  // in them
 
 // Checks one product: c was `before` (NULL: it must not matter) and is now `after`. Every element

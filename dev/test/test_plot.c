@@ -40,21 +40,46 @@ TEST(runs_become_lines_and_validations_circles) {
 
 TEST(bad_logs_are_named) {
     if (!have_python()) SKIP("python3 is not installed");
-    static const char *const text[] = {"", "step,loss\n", "a,b\n1,2\n", "step,loss\n1,x\n"};
-    for (int i = 0; i < 4; i++) {
+    static const char *const text[] = {"",
+                                       "step,loss\n",
+                                       "a,b\n1,2\n",
+                                       "step,loss\n1,x\n",
+                                       "step,loss\n1,nan\n",
+                                       "step,loss\n1,1\n2,inf\n",
+                                       "step,loss\nnan,1\n",
+                                       "step,loss\n1,\xff\n"};
+    for (int i = 0; i < (int)(sizeof text / sizeof *text); i++) {
         write_bytes(in_dir("log.csv"), text[i], strlen(text[i]));
         CHECK_INT(
             run("python3 dev/plot/plot.py --out %s %s", in_dir("plot.svg"), in_dir("log.csv")), 1);
         CHECK_INT(count_said("\n"), 1);
+        CHECK_SAID("log.csv");
     }
     CHECK_INT(run("python3 dev/plot/plot.py --out %s nowhere.csv", in_dir("plot.svg")), 1);
     CHECK_SAID("nowhere.csv");
     CHECK(!io_exists(in_dir("plot.svg")));
 }
 
+TEST(paths_with_an_equals_sign_and_odd_flags) {
+    if (!have_python()) SKIP("python3 is not installed");
+    static const char points[] = "step,loss\n6,5.25\n12,5.125\n";
+    write_bytes(in_dir("lr=2.csv"), points, strlen(points));
+    const char *svg = in_dir("plot.svg"), *log = in_dir("lr=2.csv");
+    CHECK_INT(run("python3 dev/plot/plot.py --out %s %s lr=3=%s", svg, log, log), 0);
+    CHECK_INT(drawn(">lr=3: loss<"), 1);
+    CHECK_INT(drawn("<polyline"), 2);
+    CHECK_INT(run("python3 dev/plot/plot.py --out %s --first 99 %s", svg, log), 1);
+    CHECK_SAID("lr=2.csv: found no step from --first 99 on, the last is 12");
+    CHECK_INT(run("python3 dev/plot/plot.py --out %s --first nan %s", svg, log), 2);
+    CHECK_INT(run("python3 dev/plot/plot.py --out %s/no/plot.svg %s", dir, log), 1);
+    CHECK_SAID("no/plot.svg: cannot write it");
+    CHECK_INT(count_said("\n"), 1);
+}
+
 int main(void) {
     cli_prepare();
     RUN_IN_DIR(runs_become_lines_and_validations_circles);
     RUN_IN_DIR(bad_logs_are_named);
+    RUN_IN_DIR(paths_with_an_equals_sign_and_odd_flags);
     return test_end();
 }

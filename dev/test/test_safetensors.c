@@ -275,7 +275,7 @@ TEST(a_write_that_fails_leaves_the_old_file) {
             if (failed) {
                 CHECK(strstr(io_error, path) || strstr(io_error, dir));
                 bool same = n == n_now && !memcmp(old, now, n);
-                CHECK(same || read_all() == 0);  // the last call syncs the folder behind the rename
+                CHECK(same || read_all() == 0);  // the last call syncs the folder after the rename
             }
             free(old), free(now);
             if (!failed) break;

@@ -5,7 +5,7 @@
 //
 //     registers change hands    a setmaxnreg that it ignores is missing: USETMAXREG
 //     products run beside       what touches a result in flight makes it serialise all products of
-//     other work                the kernel: it waits (WARPGROUP.DEPBAR) behind each HGMMA
+//     other work                the kernel: it waits (WARPGROUP.DEPBAR) after each HGMMA
 //
 // Needs cuobjdump, of CUDA's toolkit.
 #include "dev/test/test.h"

@@ -494,7 +494,10 @@ TEST(get_tokenizer_makes_the_same_file) {
 TEST(get_tokenizer_refuses_files_that_do_not_agree) {
     put_public_files(300);
     CHECK_INT(get_tokenizer(), EXIT_DATA);
-    CHECK_SAID("vocab.bpe, line 46: found");  // the merge of token 301 stands where 300's should
+    // The merge of token 301 stands where 300's should. Named is the user's file, not a copy of it.
+    char expected[600];
+    snprintf(expected, sizeof expected, "error: %s, line 46: found", in_dir("vocab.bpe"));
+    CHECK_SAID(expected);
     put_public_files(-1);
     put_text("encoder.json", "{\"a\": 0, \"b\": 0}");
     CHECK_INT(get_tokenizer(), EXIT_DATA);
@@ -502,6 +505,26 @@ TEST(get_tokenizer_refuses_files_that_do_not_agree) {
     put_text("encoder.json", "{\"a\": 0, \"b\": 2}");
     CHECK_INT(get_tokenizer(), EXIT_DATA);
     CHECK_SAID("none with id 1");
+    put_text("encoder.json", "{\"a\": 0, \"b\": 1}");
+    CHECK_INT(get_tokenizer(), EXIT_DATA);
+    CHECK_SAID("found 2 tokens, expected more than 257");
+    CHECK(!io_exists(in_dir("new.bin")));
+}
+
+TEST(get_tokenizer_takes_no_flag_for_a_file) {
+    put_public_files(-1);
+    CHECK_INT(run("dev/data/get_tokenizer.sh --help"), 0);
+    CHECK_SAID("usage: ");
+    CHECK_INT(run("dev/data/get_tokenizer.sh --out %s", in_dir("new.bin")), EXIT_USAGE);
+    CHECK_SAID("error: --out: ");
+    CHECK_INT(run("dev/data/get_tokenizer.sh %s %s file://%s", in_dir("no/new.bin"),
+                  in_dir("vocab.bpe"), in_dir("missing")),
+              EXIT_USAGE);  // before anything is downloaded
+    CHECK_SAID("no/new.bin: cannot be written");
+    CHECK_INT(run("dev/data/get_tokenizer.sh %s %s %s", in_dir("new.bin"), in_dir("vocab.bpe"),
+                  in_dir("missing")),
+              EXIT_DATA);
+    CHECK_SAID("missing: cannot read it; give a file or a URL");
     CHECK(!io_exists(in_dir("new.bin")));
 }
 
@@ -537,6 +560,7 @@ int main(void) {
     RUN_IN_DIR(bigram_on_a_large_alphabet_grows_its_table);
     RUN_IN_DIR(get_tokenizer_makes_the_same_file);
     RUN_IN_DIR(get_tokenizer_refuses_files_that_do_not_agree);
+    RUN_IN_DIR(get_tokenizer_takes_no_flag_for_a_file);
     RUN_IN_DIR(get_tokenizer_exits_8_when_a_download_fails);
     return test_end();
 }

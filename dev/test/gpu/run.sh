@@ -5,8 +5,8 @@
 # --sanitize before the programs: each one with GRID=small under each tool of compute-sanitizer,
 # several at a time. Only kernels of ours are looked at (the global namespace: _Z and a digit), not
 # those of NVIDIA's libraries. What they printed stands in $BUILD/sanitize/. cuBLAS's kernels for
-# Hopper do not launch under racecheck (CUDA 13.0): BF16 programs that multiply matrices are left out
-# of it; the same kernels of ours, but for two ladders', run under it in their FP32 builds.
+# Hopper do not launch under racecheck (CUDA 13.0): BF16 programs that multiply matrices are left
+# out of it; the same kernels of ours, but for two ladders', run under it in their FP32 builds.
 sanitize=
 [ "$1" = --sanitize ] && { sanitize=1; shift; }
 no_gpu=$([ $# -eq 0 ] && echo "no GPU here: skipped" || GPU_PROBE=1 "$1")

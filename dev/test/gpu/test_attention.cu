@@ -16,12 +16,12 @@ static const int head_sizes[] = {64, 128};
 constexpr double LSE_TOLERANCE = 1e-4;  // exponentials are the fast unit's
 #endif
 
-// Beside DOCS_ONE, DOCS_TOKENS and DOCS_MIX: documents that begin at, before and behind the edges
+// Beside DOCS_ONE, DOCS_TOKENS and DOCS_MIX: documents that begin at, before and after the edges
 // of tiles.
 enum { DOCS_EDGES = DOCS_KINDS };
 
 // B rows of T tokens, H heads of D: packed as the trainer packs them, or with 8 unused numbers
-// behind each row. A test may put other numbers into qkv.
+// after each row. A test may put other numbers into qkv.
 typedef struct {
     int B, T, H, D, W, n, C, ld, ldo;
     int *in_row, *doc_start;     // (n): on the host, positions in the row; on the device, absolute
@@ -70,12 +70,12 @@ static void backward(const Problem *p) {
 // ---------------------------------------------------------------------------------------------
 // Against the CPU.
 
-// What lies behind each row, from column `from` on, is still poison.
+// What lies after each row, from column `from` on, is still poison.
 static void check_gap(const GpuArray<floatX> &x, int n, int ld, int from, const char *shape) {
     for (int t = 0; t < n; t++)
         for (int c = from; c < ld; c++)
             if (!isnan(x.host[(size_t)t * (size_t)ld + (size_t)c]))
-                return test_check(false, __FILE__, __LINE__, "%s of %s: written behind row %d",
+                return test_check(false, __FILE__, __LINE__, "%s of %s: written after row %d",
                                   x.name, shape, t);
 }
 

@@ -4,8 +4,8 @@
 
 static int padded(int V) { return (V + 127) / 128 * 128; }
 
-// Logits in rows of Vp, NaN behind column V, and targets, the first and the last token among them.
-// With `huge` every third row has some of 200, and all of the row behind it are -200 but two.
+// Logits in rows of Vp, NaN after column V, and targets, the first and the last token among them.
+// With `huge` every third row has some of 200, and all of the row after it are -200 but two.
 typedef struct {
     int rows, V, Vp;
     GpuArray<floatX> logits;
@@ -33,7 +33,7 @@ static Case make_case(int rows, int V, bool huge) {
     return c;
 }
 
-// What train_gpt2.c computes: losses, and the gradient in rows of Vp, 0 behind column V.
+// What train_gpt2.c computes: losses, and the gradient in rows of Vp, 0 after column V.
 static void expect(const Case *c, float scale, float *losses, float *gradient) {
     float *a = gpu_expected((size_t)c->rows * c->V);
     double *nats = gpu_expected<double>(c->rows);
@@ -47,7 +47,7 @@ static void expect(const Case *c, float scale, float *losses, float *gradient) {
     }
 }
 
-// A gradient that was read: behind column V it is 0 and nothing else, since it goes on into
+// A gradient that was read: after column V it is 0 and nothing else, since it goes on into
 // products with all Vp columns.
 static void check_padding(const GpuArray<floatX> &gradient, int V, int Vp) {
     for (size_t i = 0; i < gradient.count; i++)

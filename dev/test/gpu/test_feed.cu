@@ -13,8 +13,8 @@ static int below(int n) {
     return (int)(rand_uniform(key, drawn++) * n);
 }
 
-// A shard of `count` tokens in a folder of its own. A document has `length` tokens, or about so; half
-// of them are of a few.
+// A shard of `count` tokens in a folder of its own. A document has `length` tokens, or about so;
+// half of them are of a few.
 typedef struct {
     char dir[256], path[280];
 } ShardFile;

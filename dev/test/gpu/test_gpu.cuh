@@ -26,7 +26,7 @@
 // a kernel fills from numbers it rounded to BF16 first is given the other one: x.tolerance =
 // TOLERANCE_X. A sum whose terms cancel is held against their sizes: gpu_compare_sums.
 //
-// Memory is poisoned (NaN) where a kernel shall write, and before and behind every array lie guard
+// Memory is poisoned (NaN) where a kernel shall write, and before and after every array lie guard
 // zones of NaN: what is read there spoils the result, what is written there fails the test. With
 // GRID=small, which is for the sanitizers, shapes are few and the guards are left out, so that the
 // sanitizer sees the true ends.
@@ -193,7 +193,7 @@ static inline void gpu_end_case(void) {
         for (size_t k = 0; k < 2 * guard; k++)
             if (guards[k / guard][k % guard] != 0xff) {
                 test_check(false, __FILE__, __LINE__, "%s: written %s its memory, at byte %lld",
-                           m->name, k < guard ? "before" : "behind",
+                           m->name, k < guard ? "before" : "after",
                            k < guard ? (long long)k - (long long)guard
                                      : (long long)(m->bytes + k - guard));
                 break;

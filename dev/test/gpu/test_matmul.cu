@@ -137,8 +137,8 @@ TEST(batched) {
         }
 }
 
-// Symmetric products: X X^T, X^T X, and with what is added; whole blocks of (128, 128), which a kernel
-// of Hopper's makes one side of the diagonal of, and other sizes.
+// Symmetric products: X X^T, X^T X, and with what is added; whole blocks of (128, 128), which a
+// kernel of Hopper's makes one side of the diagonal of, and other sizes.
 TEST(square) {
     static const struct {
         int M, K, batch;
@@ -203,7 +203,7 @@ TEST(same_bits_again) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// ReLU^2 behind a product. Whether or not a kernel does both, the same must lie in memory.
+// ReLU^2 after a product. Whether or not a kernel does both, the same must lie in memory.
 
 // What a case is made of: a (n, sum), b (columns, sum) or, in backward, (sum, columns), and the
 // product (n, columns).

@@ -1,7 +1,7 @@
 // test_model.cu: the whole model on the GPU: against the oracle (dev/test/oracle.h), as on the CPU,
 // and against itself: the same bits twice, in a CUDA graph and without, and no update from what is
-// not finite. All activations and gradients are NaN before each step, so that none is read before it
-// is written.
+// not finite. All activations and gradients are NaN before each step, so that none is read before
+// it is written.
 // With arguments the program is the trainer: so it is run for its exit codes and messages.
 #define main train_gpt2cu_main
 #include "train_gpt2.cu"
@@ -216,7 +216,7 @@ TEST(memory_is_what_dry_run_says) {
 
 static char self[300];  // this program
 
-// The trainer with these flags behind `environment`: its exit code, and a part of what it says.
+// The trainer with these flags after `environment`: its exit code, and a part of what it says.
 static void check_ends(const char *environment, const char *flags, int code, const char *part) {
     char command[1000], said[4096];
     snprintf(command, sizeof command, "%s '%s' %s 2>&1", environment, self, flags);

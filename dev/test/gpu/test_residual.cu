@@ -261,7 +261,8 @@ TEST(same_bits_again) {
 // Twenty layers whose branches are a thousandth of x, when half an ulp of BF16 is two to four times
 // as much: how much of them is there in the end, against sums in double? Added to x one by one and
 // rounded each time, 0.37 of them would be.
-// Of branches far below half an ulp of x, what is kept of x_in has neither less nor more, on average.
+// Of branches far below half an ulp of x, what is kept of x_in has neither less nor more, on
+// average.
 TEST(tiny_branches_are_kept_in_x_in) {
     int n = 1024, C = 768;
     float one = 1, zero = 0;

@@ -110,12 +110,12 @@ TEST(numbers_of_a_step) {
         GroupNumbers matrix = plan_group(&plan, &f, &c, GROUP_MATRIX);
         AdamwNumbers a = s.adamw[GROUP_WTE];
         double lr = wte.lr * now.lr, t = (double)it + 1;
-        CHECK_NEAR(a.step, (float)(lr / (1 - pow(0.8, t))), 0);
-        CHECK_NEAR(a.keep, (float)(1 - lr * 0.001), 0);
+        CHECK_NEAR(a.rate, (float)(lr / (1 - pow(0.8, t))), 0);
+        CHECK_NEAR(a.shrink, (float)(1 - lr * 0.001), 0);
         CHECK_NEAR(a.v_unbias, (float)(1 / (1 - pow(0.995, t))), 0);
         CHECK(a.beta1 == 0.8f && a.beta2 == 0.995f && a.eps == 1e-10f);
         CHECK(s.adamw[GROUP_X0].beta1 == 0.96f && s.adamw[GROUP_SMEAR].eps == 1e-8f);
-        CHECK((s.adamw[GROUP_X0].step == 0) == (it == 0));
+        CHECK((s.adamw[GROUP_X0].rate == 0) == (it == 0));
         CHECK(s.momentum == (float)now.momentum && s.beta2 == 0.9f);
         CHECK(s.lr == (float)(matrix.lr * now.lr) && s.wd == (float)(matrix.wd * now.wd));
         CHECK(s.clip == 0.5f && s.loss_sum == 0 && s.skip == 0);

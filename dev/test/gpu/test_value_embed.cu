@@ -2,7 +2,7 @@
 #include "dev/test/gpu/test_index.cuh"
 #include "llmc/value_embed.cuh"  // value_embed_forward, value_embed_backward, value_gate_backward
 
-// A case: what both passes read. v lies in packed rows of 3C, behind q and k.
+// A case: what both passes read. v lies in packed rows of 3C, after q and k.
 typedef struct {
     int n, H, D, C, V;
     Tokens tokens;

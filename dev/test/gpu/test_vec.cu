@@ -11,7 +11,7 @@ static __global__ void copy_kernel(floatX *y, const floatX *x, int count) {
     vec_store(y + i, v);
 }
 
-// Two sums by every block, one behind the other: of x and of x^2.
+// Two sums by every block, one after the other: of x and of x^2.
 template <int THREADS>
 static __global__ void sum_kernel(float *sums /* (blocks, 2) */,
                                   const float *x /* (blocks, THREADS) */) {
