@@ -121,40 +121,6 @@ typedef struct {
     double clock;           // when the last step, or what came between steps, ended
 } Run;
 
-<<<<<<< HEAD
-=======
-// Exits 2 on flags that ask for what cannot be; warns of those without effect.
-static inline void run_check_flags(const Run *r) {
-    const Flags *f = &r->flags;
-    const char *length = f->steps ? "steps" : "tokens";  // what says how long the run is
-    if (*f->prompt && !r->has_tokenizer)
-        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
-    if (*f->prompt) tokenizer_require_encode(&r->tokenizer);
-    if (f->sample_every && !r->has_tokenizer)
-        die(EXIT_USAGE, "--sample-every: found %d, but --tokenizer none; name one",
-            f->sample_every);
-    if (f->save_every && !*f->out)
-        die(EXIT_USAGE, "--save-every: found %d, but no --out to save in; name a folder",
-            f->save_every);
-    if (f->steps && f->tokens) warn("--tokens is not used: --steps says how long the run is");
-    if ((f->steps || f->tokens) &&
-        f->ratio != atof(args_find((Arg *)r->args, FLAGS_COUNT, "ratio")->fallback))
-        warn("--ratio is not used: --%s says how long the run is", length);
-}
-
-// A micro-batch must divide the batch, which may leave it far smaller than it could be.
-static inline void run_check_micro_batch(const Run *r) {
-    int64_t rows = r->plan.batch / r->cfg.T;
-    int64_t most = model_micro_tokens(&r->cfg, r->flags.recompute) / r->cfg.T;
-    if (most > rows) most = rows;
-    if (r->flags.micro_batch || 2 * r->plan.micro_rows >= most) return;
-    warn("micro-batches of %d row%s, where %lld would fit: the %lld rows of --batch-tokens %lld "
-         "have no larger divisor up to there; choose a number of rows that has",
-         r->plan.micro_rows, r->plan.micro_rows == 1 ? "" : "s", (long long)most, (long long)rows,
-         (long long)r->plan.batch);
-}
-
->>>>>>> docs
 // Everything that flags decide, before memory is taken or data opened.
 static inline void run_configure(Run *r, int argc, char **argv) {
     flags_parse(&r->flags, r->args, argc, argv);
