@@ -180,7 +180,7 @@ const unsigned char *exchange(unsigned mask, const void *mine, size_t bytes) {
 }
 
 void later(Queue queue, std::function<void()> work) {
-    if (early) return work();
+    if (early && queue != PRODUCT) return work();
     fiber[running].queue[queue].works.push_back(work);
     fiber[running].queue[queue].uncommitted++;
 }
