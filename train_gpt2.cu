@@ -376,21 +376,30 @@ static void attend(Model *m, const DeviceBatch *b, LayerActivations *l, int W) {
     attention_forward(l->att, l->lse, q, k, v, b->doc_start, n, H, D, W, C, 3 * C, m->stream);
 }
 
-// From a.dh, the gradient of att, to a.dqkv.
-static void attend_backward(Model *m, const DeviceBatch *b, const LayerActivations *l, int W) {
+// From a.dh, the gradient of layer i's att, to a.dqkv: the gradients of v, and of what q and k were
+// before norm and rotation. Those two are undone by attention itself, or by a pass behind it.
+static void attend_backward(Model *m, const DeviceBatch *b, int i, int W) {
     Activations *a = &m->a;
-    int n = b->n, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
+    const LayerActivations *l = &a->layer[i];
+    int n = b->n, T = b->T, C = m->cfg.C, H = m->cfg.H, D = m->cfg.D;
+    double nC = (double)sizeof(floatX) * n * C;
     const floatX *q = l->qkv, *k = q + C, *v = k + C;
     floatX *dq = a->dqkv, *dk = dq + C, *dv = dk + C;
+    bool rotated = ATTENTION_ROTATES;
+    trace_op(&m->trace, "attention backward", i, attention_flops(n, T, C, W, 5), 8 * nC);
 #ifdef USE_CUDNN
-    if (by_cudnn(m, b)) {
+    rotated = rotated && !by_cudnn(m, b);
+    if (by_cudnn(m, b))
         cudnn_attention_backward(m->cudnn, dq, dk, dv, a->dh, l->att, l->lse, q, k, v,
-                                 m->cudnn_work, n, b->T, H, D, W, C, 3 * C, m->stream);
-        return;
-    }
+                                 m->cudnn_work, n, T, H, D, W, C, 3 * C, m->stream);
+    else
 #endif
-    attention_backward(dq, dk, dv, a->delta, a->dh, l->att, l->lse, q, k, v, b->doc_start, n, H, D,
-                       W, C, 3 * C, m->stream);
+        attention_backward(dq, dk, dv, a->delta, a->dh, l->att, l->lse, q, k, v, b->doc_start,
+                           rotated ? Rotary{l->qk_r, m->cosine, m->sine, T} : Rotary{}, n, H, D, W,
+                           C, 3 * C, m->stream);
+    if (rotated) return;
+    trace_op(&m->trace, "qk_norm_rope backward", i, 0, 6 * nC);
+    qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, T, H, D, m->stream);
 }
 
 // The first half of layer i, from the stream that enters it to l->att.
@@ -565,17 +574,15 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     matmul_wgrad(mm, dw->wo, matmul_operand(a->datt_out), matmul_operand(l->att), into, n, C, C, s);
     trace_op(t, "wo dgrad", i, flops_C, bytes_C);
     matmul_dgrad(mm, a->dh, matmul_operand(a->datt_out), matmul_operand(w->wo), store, n, C, C, s);
-    trace_op(t, "attention backward", i, attention_flops(n, b->T, C, W, 5), 8 * nC);
-    attend_backward(m, b, l, W);
-    // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
+    // att = attention(q, k, v),   q, k = N(rope(q)), N(rope(k))
+    attend_backward(m, b, i, W);
+    // v += gate * value_embed[idx]
     if (w->value_embed) {
         trace_op(t, "value_embed backward", i, 0,
                  nC + b->distinct * C * (sizeof(floatX) + 8.0) + 8.0 * n * H);
         value_embed_backward(dw->value_embed, a->dz, a->dqkv + 2 * C, l->gate, w->value_embed,
                              b->index, a->scratch, n, H, D, 3 * C, s);
     }
-    trace_op(t, "qk_norm_rope backward", i, 0, 6 * nC);
-    qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
     // qkv = h1 wqkv^T
     trace_op(t, "qkv wgrad", i, flops_3C, wgrad_bytes(n, C, 3 * C));
     matmul_wgrad(mm, dw->wqkv, matmul_operand(a->dqkv), matmul_operand(l->h1), into, n, C, 3 * C,

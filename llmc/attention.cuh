@@ -48,6 +48,7 @@
 static_assert(sizeof(floatX) == sizeof(bf16), "the FP32 build has attention_fp32.cuh");
 
 #define ATTENTION_NAME "mma.sync"
+constexpr bool ATTENTION_ROTATES = false;
 
 constexpr int ATTENTION_THREADS = 128;
 constexpr int WARP_ROWS = 32;  // of the result, per warp
@@ -614,6 +615,7 @@ template <int D> static inline void attention_launch_backward(const Attention &a
 }
 
 inline void attention_run_backward(const Attention &a, cudaStream_t s) {
+    assert(!a.rotary.r);
     assert(a.D == 64 || a.D == 128);
     if (a.D == 128)
         attention_launch_backward<128>(a, s);

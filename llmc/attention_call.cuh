@@ -1,7 +1,8 @@
 // attention_call.cuh: causal attention with windows and documents: what it computes, the arguments
 // of a call, and the two functions the trainer calls. The kernels are those of the file that
 // includes this one: attention.cuh (BF16, on tensor cores), attention_sm90.cuh (the same for
-// Hopper) or attention_fp32.cuh (plain). It names them: ATTENTION_NAME.
+// Hopper) or attention_fp32.cuh (plain). It names them: ATTENTION_NAME; and says whether their
+// backward can undo norm and rotation: ATTENTION_ROTATES.
 //
 //     s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j
 //     scale = 1.44 / sqrt(D),   lse_i = log sum_j exp(s_ij)              j: the keys i sees
@@ -15,7 +16,8 @@
 //     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i,   dq_i = scale sum_j ds_ij k_j
 //
 // q, k, v, dq, dk, dv are n rows of H heads of D, ld apart; o and dout too, ldo apart. lse and
-// delta are (H, n), FP32. Backward needs q, k, v, o and lse.
+// delta are (H, n), FP32. Backward needs q, k, v, o and lse. Given a Rotary, it goes on through the
+// backward of q, k = N(rope(..)) (rotary.cuh): dq and dk are gradients of what these were made of.
 // Left out: fewer heads of k and v than of q, dropout, and storing s and p, which are (n, n).
 #ifndef LLMC_ATTENTION_CALL_CUH
 #define LLMC_ATTENTION_CALL_CUH
@@ -24,6 +26,13 @@
 #include <math.h>
 
 #include "llmc/cuda_common.cuh"  // floatX, LOG2_E
+
+// What backward needs to go on through norm and rotation. r NULL: it does not.
+typedef struct {
+    const float *r;              // (n, 2H): the norms' factors, q's heads, then k's
+    const float *cosine, *sine;  // (T, D/2); token t stands at position t % T
+    int T;
+} Rotary;
 
 // A call's arguments.
 typedef struct {
@@ -34,6 +43,7 @@ typedef struct {
     floatX *dq, *dk, *dv;     // as q, k, v
     float *delta;             // (H, n)
     const floatX *dout;       // as o
+    Rotary rotary;            // backward's
     int n, H, D, W, ldo, ld;
     float scale, scale2;  // scale2 = scale log2 e: exp(scale x) = 2^(scale2 x)
 } Attention;
@@ -98,9 +108,11 @@ static inline void attention_backward(floatX *dq,  // (n) rows of H D, ld apart;
                                       const float *lse,  // (H, n)
                                       const floatX *q, const floatX *k, const floatX *v,
                                       const int *doc_start,  // (n)
+                                      const Rotary &rotary,  // r NULL without ATTENTION_ROTATES
                                       int n, int H, int D, int W, int ldo, int ld,
                                       cudaStream_t stream) {
     Attention a = attention_of(q, k, v, doc_start, n, H, D, W, ldo, ld);
+    a.rotary = rotary;
     a.o = (floatX *)o, a.lse = (float *)lse;  // only read
     a.dq = dq, a.dk = dk, a.dv = dv, a.delta = delta, a.dout = dout;
     attention_run_backward(a, stream);

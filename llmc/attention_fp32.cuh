@@ -10,6 +10,7 @@
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key, attention_forward
 
 #define ATTENTION_NAME "plain"
+constexpr bool ATTENTION_ROTATES = false;
 
 constexpr int ATTENTION_WARPS = 8;  // rows a block does, neighbours of one head
 constexpr int ATTENTION_MAX_D = 256;
@@ -161,6 +162,7 @@ inline void attention_run_forward(const Attention &a, cudaStream_t stream) {
 }
 
 inline void attention_run_backward(const Attention &a, cudaStream_t stream) {
+    assert(!a.rotary.r);
     assert(a.D <= ATTENTION_MAX_D);
     if (a.D <= 32)
         attention_launch_backward<1>(a, stream);

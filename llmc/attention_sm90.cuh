@@ -19,7 +19,8 @@
 // registers: what one product leaves is the left operand of the next. That is why backward is two
 // kernels with 7 products in all: dq, dk and dv in one pass would take 5, but the sums for dq cross
 // blocks, through memory and in turn to keep their order, and ds must go through shared memory.
-// No atomics in any sum, the same bits each time.
+// No atomics in any sum, the same bits each time. dq and dk go through rotary_sm90.cuh on their way
+// out, if a.rotary is there.
 //
 // BLOCKS STAY, one on each SM, and take one piece of work after the other (a tile of rows of a
 // head; long ones of a row first): while one ends, the copies for the next are under way. Which
@@ -37,12 +38,14 @@
 #define LLMC_ATTENTION_SM90_CUH
 
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key, last_query
+#include "llmc/rotary_sm90.cuh"     // Angles, angles_load, rotary_backward
 #include "llmc/tile_sm90.cuh"       // Tile, Ring, multiply_*, store_rows; with ptx.cuh: exp2_fast
 #include "llmc/vec.cuh"             // vec_load
 
 static_assert(sizeof(floatX) == sizeof(bf16), "the FP32 build has attention_fp32.cuh");
 
 #define ATTENTION_NAME "wgmma"
+constexpr bool ATTENTION_ROTATES = true;
 
 constexpr int CONSUMERS = 2;  // warpgroups that compute
 constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
@@ -395,7 +398,7 @@ __device__ __forceinline__ void dq_consumer(QueryShared<D, 2> &shared, const Att
             wgmma_wait<0>();
             pin(dp);
             release(&shared.v_empty[ring.stage]);
-            if (t == work.t0) release(&shared.held_empty);
+            if (t == work.t0 && !a.rotary.r) release(&shared.held_empty);
 #pragma unroll
             for (int i = 0; i < KEYS / 2; i++) s[i] *= dp[i] - delta[i / 2 % 2];
             pack_rows(ds, s);
@@ -403,10 +406,20 @@ __device__ __forceinline__ void dq_consumer(QueryShared<D, 2> &shared, const Att
             before = ring;
             ring_next<KEY_STAGES>(ring);
         }
+        // Beside the last product comes what norm and rotation need; then q makes room for the
+        // next work's. Zeros: what only a branch sets, ptxas keeps in registers through the loop.
+        Angles<D> angles = {};
+        unsigned rotated[D / 16][4] = {};
+        if (a.rotary.r) {
+            angles_load(angles, a.rotary, sight.row, a.n, work.head, a.H);
+            read_rows(rotated, q, w);
+            release(&shared.held_empty);
+        }
         wgmma_wait<0>();
         pin(out), pin(ds);
         release(&shared.k_empty[before.stage]);
         float factor[2] = {a.scale, a.scale};
+        if (a.rotary.r) rotary_backward<D>(out, factor, rotated, angles);
         store_rows<D>(a.dq + work.head * D, out, factor, shared.out, w, work.row + w, a.n, a.ld);
     }
 }
@@ -597,8 +610,15 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
         if (t0 <= t1) release(&shared.empty[before.stage]);
         skip_queries(shared, ring, max(t0, t1 + 1), work.t1 + 1);
         float one[2] = {1, 1}, scale[2] = {a.scale, a.scale};
+        Angles<D> angles = {};
+        if (a.rotary.r) angles_load(angles, a.rotary, key, a.n, a.H + work.head, a.H);
         barrier_sync(1 + group, WARPGROUP);  // nobody multiplies the warpgroup's k and v any more
         store_rows<D>(a.dv + work.head * D, dv, one, v, w, work.row + w, a.n, a.ld);
+        if (a.rotary.r) {
+            unsigned rotated[D / 16][4];
+            read_rows(rotated, k, w);
+            rotary_backward<D>(dk, scale, rotated, angles);
+        }
         store_rows<D>(a.dk + work.head * D, dk, scale, k, w, work.row + w, a.n, a.ld);
         fence_async();
         release(&shared.held_empty[held.stage]);

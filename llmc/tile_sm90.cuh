@@ -111,6 +111,19 @@ __device__ __forceinline__ void pack_rows(unsigned (&p)[K][4], const float (&x)[
     for (int i = 0; i < 4 * K; i++) p[i / 4][i % 4] = pack(x[2 * i], x[2 * i + 1]);
 }
 
+// Rows row .. row + 15 of a tile, for a warp, laid out as a left operand.
+template <int D, int ROWS>
+__device__ __forceinline__ void read_rows(unsigned (&p)[D / 16][4], const Tile<D, ROWS> &tile,
+                                          int row) {
+    int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < D / 4; i++) {
+        int c = i / 2, half = i % 2;
+        const bf16 *from = tile.x[c / 8][row + 8 * half + g] + 8 * (c % 8 ^ g) + 2 * t;
+        p[i / 4][i % 4] = *reinterpret_cast<const unsigned *>(from);
+    }
+}
+
 // Writes a warp's 16 rows x, times factor[half], to rows first .. of y, as far as n. They pass
 // through rows row .. of a tile that only this warp uses, to leave in pieces of 16 bytes.
 template <int D, int ROWS>

@@ -32,6 +32,9 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<unsigned &>(two);
 }
+__device__ __forceinline__ float2 unpack(unsigned x) {
+    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 &>(x));
+}
 
 // Four floats, or eight in two pieces: what a thread holds of FP32 memory beside VEC of floatX.
 template <int N> __device__ __forceinline__ void vec_load(float (&x)[N], const float *p) {

@@ -1,5 +1,6 @@
 // test_attention.cu: attention of each build (llmc/attention.cuh, llmc/attention_sm90.cuh,
-// llmc/attention_fp32.cuh) against the CPU's; `test_attention bench` times it instead.
+// llmc/attention_fp32.cuh) against the CPU's; `test_attention bench` times it instead. Backward
+// that undoes norm and rotation is held against the CPU's attention_backward and qk_backward.
 #include "dev/test/gpu/test_qkv.cuh"  // columns, compare_gradient
 
 #ifdef PRECISION_FP32
@@ -28,6 +29,8 @@ typedef struct {
     GpuArray<floatX> qkv, dout;  // (n, ld), (n, ldo): q, k and v side by side
     GpuArray<floatX> o, dqkv;    // (n, ldo), (n, ld)
     GpuArray<float> lse, delta;  // (H, n)
+    GpuArray<float> r;           // (n, 2H): any factors of norms; q and k are any numbers, too
+    GpuArray<float> cosine, sine;  // (T, D/2)
 } Problem;
 
 static Problem problem(int B, int T, int H, int D, int W, int docs, bool gap) {
@@ -50,6 +53,12 @@ static Problem problem(int B, int T, int H, int D, int W, int docs, bool gap) {
     p.o = gpu_poisoned<floatX>("o", n * ldo), p.dqkv = gpu_poisoned<floatX>("dqkv", n * ld);
     p.lse = gpu_poisoned<float>("lse", n * (size_t)H);
     p.delta = gpu_poisoned<float>("delta", n * (size_t)H);
+    size_t angles = (size_t)T * (size_t)(D / 2);
+    float *cosine = gpu_expected(angles), *sine = gpu_expected(angles);
+    cpu::rope_init(cosine, sine, T, D);
+    p.cosine = gpu_copy<float>("cosine", cosine, angles);
+    p.sine = gpu_copy<float>("sine", sine, angles);
+    p.r = gpu_random<float>("r", n * 2 * (size_t)H, 0.5, 2);
     return p;
 }
 
@@ -59,12 +68,20 @@ static void forward(const Problem *p) {
                       p->H, p->D, p->W, p->ldo, p->ld, 0);
 }
 
-static void backward(const Problem *p) {
+static void backward_through(const Problem *p, const Rotary &rotary) {
     const floatX *q = p->qkv.device;
     floatX *dq = p->dqkv.device;
     attention_backward(dq, dq + p->C, dq + 2 * p->C, p->delta.device, p->dout.device, p->o.device,
-                       p->lse.device, q, q + p->C, q + 2 * p->C, p->doc_start, p->n, p->H, p->D,
-                       p->W, p->ldo, p->ld, 0);
+                       p->lse.device, q, q + p->C, q + 2 * p->C, p->doc_start, rotary, p->n, p->H,
+                       p->D, p->W, p->ldo, p->ld, 0);
+}
+
+static void backward(const Problem *p) { backward_through(p, Rotary{}); }
+
+// As the trainer calls it.
+static void backward_rotated(const Problem *p) {
+    Rotary rotary = {p->r.device, p->cosine.device, p->sine.device, p->T};
+    backward_through(p, ATTENTION_ROTATES ? rotary : Rotary{});
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -100,21 +117,34 @@ static void check_forward(Problem *p, float *lse, float **rounded, const char *s
     gpu_compare_sums(p->lse, lse_by_head, sizes, p->n * p->H, shape);
 }
 
+// dq, dk and dv against the CPU's (n, 3C).
+static void check_gradients(Problem *p, const float *dqkv, const char *shape) {
+    gpu_read(p->dqkv);
+    check_gap(p->dqkv, p->n, p->ld, 3 * p->C, shape);
+    for (int part = 0; part < 3; part++)
+        compare_gradient(p->dqkv.host, dqkv, part, p->n, p->C, p->ld, shape);
+}
+
 static void check_problem(Problem *p, const char *docs) {
     size_t count = (size_t)p->n * (size_t)p->C;
     float *dqkv = gpu_expected(3 * count), *lse = gpu_expected((size_t)p->n * (size_t)p->H), *o;
+    float *qkv = columns(p->qkv.host, p->n, p->ld, 0, 3 * p->C);
     char shape[120];
     snprintf(shape, sizeof shape, "B %d, T %d, H %d, D %d, W %d, ld %d, %s", p->B, p->T, p->H, p->D,
              p->W, p->ld, docs);
     check_forward(p, lse, &o, shape);
     backward(p);  // both from the GPU's o: its rounding is forward's matter
-    cpu::attention_backward(dqkv, columns(p->dout.host, p->n, p->ldo, 0, p->C), o, lse,
-                            columns(p->qkv.host, p->n, p->ld, 0, 3 * p->C), p->in_row, p->W, p->B,
-                            p->T, p->H, p->D);
-    gpu_read(p->dqkv);
-    check_gap(p->dqkv, p->n, p->ld, 3 * p->C, shape);
-    for (int part = 0; part < 3; part++)
-        compare_gradient(p->dqkv.host, dqkv, part, p->n, p->C, p->ld, shape);
+    cpu::attention_backward(dqkv, columns(p->dout.host, p->n, p->ldo, 0, p->C), o, lse, qkv,
+                            p->in_row, p->W, p->B, p->T, p->H, p->D);
+    check_gradients(p, dqkv, shape);
+    if (ATTENTION_ROTATES) {
+        strcat(shape, ", rotated");
+        CUDA_CHECK(cudaMemset(p->dqkv.device, 0xff, p->dqkv.count * sizeof(floatX)));
+        backward_rotated(p);
+        cpu::qk_backward(dqkv, qkv, p->r.host, p->cosine.host, p->sine.host, p->B, p->T, p->H,
+                         p->D);
+        check_gradients(p, dqkv, shape);
+    }
     gpu_end_case();
 }
 
@@ -198,7 +228,7 @@ TEST(same_bits_again) {
             CUDA_CHECK(cudaMemset(p.o.device, 0x7f, p.o.count * sizeof(floatX)));
             CUDA_CHECK(cudaMemset(p.dqkv.device, 0x7f, p.dqkv.count * sizeof(floatX)));
             forward(&p);
-            backward(&p);
+            backward_rotated(&p);
             gpu_read(p.o), gpu_read(p.dqkv);
             if (i == 0) memcpy(o, p.o.host, o_bytes), memcpy(dqkv, p.dqkv.host, dqkv_bytes);
             CHECK(!memcmp(o, p.o.host, o_bytes));
@@ -309,6 +339,7 @@ static void bench_shape(int B, int T, int H, int D, int W, int length) {
     p.doc_start = gpu_ints("doc_start", start, (size_t)p.n);
     bench("forward", &p, docs, pairs, 2, forward);
     bench("backward", &p, docs, pairs, 5, backward);
+    if (ATTENTION_ROTATES) bench("rotated", &p, docs, pairs, 5, backward_rotated);
     gpu_end_case();
 }
 

@@ -44,8 +44,8 @@ static void own_backward(Problem *p) {
     const bf16 *q = p->qkv.device;
     bf16 *dq = p->dqkv.device;
     attention_backward(dq, dq + p->C, dq + 2 * p->C, p->delta.device, p->dout.device, p->o.device,
-                       p->lse.device, q, q + p->C, q + 2 * p->C, p->doc_start, p->n, p->H, p->D,
-                       p->W, p->C, 3 * p->C, 0);
+                       p->lse.device, q, q + p->C, q + 2 * p->C, p->doc_start, Rotary{}, p->n, p->H,
+                       p->D, p->W, p->C, 3 * p->C, 0);
 }
 
 static void cudnn_forward(CudnnAttention *a, Problem *p, cudaStream_t stream = 0) {
