@@ -45,6 +45,7 @@
 #include "llmc/embed.cuh"        // embed_norm_forward, embed_backward
 #include "llmc/feed.cuh"         // Feed, feed_load, feed_put, feed_send, feed_get
 #include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad
+#include "llmc/matmul_tune.cuh"  // matmul_tune_forward, matmul_tune_dgrad, matmul_tune_wgrad
 #include "llmc/model.h"          // Config, Table, table_init, table_fill
 #include "llmc/muon.cuh"         // Muon, muon_update
 #include "llmc/residual.cuh"     // Residual, mix_norm_forward, backout_norm_forward, add_forward
@@ -568,7 +569,8 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     attend_backward(m, b, l, W);
     // q, k = N(rope(q)), N(rope(k)),   v += gate * value_embed[idx]
     if (w->value_embed) {
-        trace_op(t, "value_embed backward", i, 0, 3 * nC + 8.0 * n * C);
+        trace_op(t, "value_embed backward", i, 0,
+                 nC + b->distinct * C * (sizeof(floatX) + 8.0) + 8.0 * n * H);
         value_embed_backward(dw->value_embed, a->dz, a->dqkv + 2 * C, l->gate, w->value_embed,
                              b->index, a->scratch, n, H, D, 3 * C, s);
     }
@@ -633,7 +635,7 @@ static void trunk_backward(Model *m, const DeviceBatch *b, const Phase *phase,
                    a->smear, embed->smear_gate, embed->smear_lambda, b->doc_start, a->scratch, n, C,
                    s);
     block_release(m, embed_block());
-    trace_op(t, "embed_norm backward", -1, 0, 5 * nC + 4.0 * n * C);
+    trace_op(t, "embed_norm backward", -1, 0, 4 * nC + 8.0 * b->distinct * C);
     norm_backward(a->dx, a->dx, a->embed, a->embed_r, n, C, s);
     embed_backward(m->dw.embed.wte, a->dx, b->index, a->scratch, n, C, s);
     trace_end(t);
@@ -1046,6 +1048,29 @@ static void require_memory(Model *m, const Phase *most) {
             1e-9 * needed, 1e-9 * (double)left, 1e-9 * (double)all, most->micro_rows);
 }
 
+// Plans for the large products of a micro-batch of n tokens, tried in the activations' memory. fc's
+// forward and proj's dgrad are cuBLASLt's only where llmc/gemm_sm90.cuh is not.
+static void tune_products(Model *m, int n) {
+    Matmul *mm = &m->matmul;
+    int C = m->cfg.C, F = m->cfg.F, Vp = m->cfg.Vp, last = n % HEAD_ROWS;
+    size_t bytes = activations_layout(&m->a, &m->cfg, n, m->recompute, (char *)m->activations);
+    int out[][2] = {{C, 3 * C}, {C, C}, {C, F}, {F, C}};  // qkv, wo, fc, proj: from, to
+    if (matmul_flops(n, C, C) < 1e10) return;             // below some 20 us guesses will do
+    for (auto [K, N] : out) {
+        if (N != F || !gemm_sm90_fits(F, C))
+            matmul_tune_forward(mm, n, K, N, m->activations, bytes, m->stream);
+        if (K != F || !gemm_sm90_fits(F, C))
+            matmul_tune_dgrad(mm, n, K, N, m->activations, bytes, m->stream);
+        matmul_tune_wgrad(mm, n, K, N, m->activations, bytes, m->stream);
+    }
+    for (int rows : {min(n, (int)HEAD_ROWS), last}) {
+        if (!rows) continue;
+        matmul_tune_forward(mm, rows, C, Vp, m->activations, bytes, m->stream);
+        matmul_tune_dgrad(mm, rows, C, Vp, m->activations, bytes, m->stream);
+        matmul_tune_wgrad(mm, rows, C, Vp, m->activations, bytes, m->stream);
+    }
+}
+
 void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
     Phase most = phase_largest(plan, cfg);
     memset(m, 0, sizeof *m);
@@ -1089,6 +1114,7 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
 #ifdef USE_CUDNN
     m->cudnn_work = gpu_alloc(&m->gpu, m->cudnn_bytes, "cuDNN's attention");
 #endif
+    if (sizeof(floatX) == 2) tune_products(m, tokens);
     feed_init(&m->feed, &m->gpu, cfg, tokens, most.micro_rows, 2 * places, places);
     m->host_step = (StepState *)gpu_alloc_host(sizeof *m->step, "the step's numbers");
     m->host_losses = (float *)gpu_alloc_host(m->max_tokens * sizeof(float), "validation's losses");

@@ -97,4 +97,11 @@ static inline size_t embed_index_build(void *memory,       // (embed_index_bytes
     return (size_t)((char *)(index.piece + pieces) - (char *)memory);
 }
 
+// How many different tokens there are: those of one piece, and those that are split.
+static inline int embed_index_distinct(EmbedIndex index) {
+    int splits = index.counts->splits, partials = 0;
+    if (splits) partials = index.split[splits - 1].first + index.split[splits - 1].count;
+    return index.counts->pieces - partials + splits;
+}
+
 #endif

@@ -29,6 +29,7 @@ typedef struct {
     int *doc_start;    // (n), where each token's document begins, in tokens of the micro-batch
     EmbedIndex index;  // of the tokens
     int n, rows, T;
+    int distinct;  // different tokens, where there is an index
 } DeviceBatch;
 
 typedef struct {
@@ -45,7 +46,8 @@ typedef struct {
     LoaderOrigin *origin;
     int V, bos;
     bool doc_mask;
-    int *counts;  // (V) scratch of the index
+    int *counts;    // (V) scratch of the index
+    int *distinct;  // (places): of what lies there
 } Feed;
 
 static inline size_t feed_array_bytes(int n) { return ((size_t)n * sizeof(int) + 15) / 16 * 16; }
@@ -57,7 +59,7 @@ static inline size_t feed_batch_bytes(int n) {
 // The micro-batch of rows of T tokens that lies in `memory`.
 static inline DeviceBatch feed_batch_at(char *memory, int rows, int T) {
     DeviceBatch b;
-    b.n = rows * T, b.rows = rows, b.T = T;
+    b.n = rows * T, b.rows = rows, b.T = T, b.distinct = 0;
     size_t bytes = feed_array_bytes(b.n);
     b.tokens = (int *)memory;
     b.targets = (int *)(memory + bytes);
@@ -75,6 +77,7 @@ static inline void feed_init(Feed *f, Gpu *gpu, const Config *c, int max_tokens,
     f->device_memory = (char *)gpu_alloc(gpu, bytes * (size_t)places, "the batches");
     f->host_memory = (char *)gpu_alloc_host(bytes * (size_t)slots, "the batches");
     f->counts = (int *)die_alloc((size_t)f->V, sizeof *f->counts, "the tokens of a batch");
+    f->distinct = (int *)die_alloc((size_t)places, sizeof *f->distinct, "the batches");
     f->origin =
         (LoaderOrigin *)die_alloc((size_t)slots * rows, sizeof *f->origin, "where rows came from");
     f->slot = (FeedSlot *)die_alloc((size_t)slots, sizeof *f->slot, "the batches");
@@ -85,7 +88,7 @@ static inline void feed_init(Feed *f, Gpu *gpu, const Config *c, int max_tokens,
 static inline void feed_free(Feed *f) {
     CUDA_CHECK(cudaFree(f->device_memory));
     CUDA_CHECK(cudaFreeHost(f->host_memory));
-    free(f->slot), free(f->origin), free(f->counts);
+    free(f->slot), free(f->origin), free(f->counts), free(f->distinct);
     memset(f, 0, sizeof *f);
 }
 
@@ -126,6 +129,7 @@ static inline bool feed_load(Feed *f, int slot, Loader *l, int rows, int T, bool
         return false;
     for (int i = 0; i < rows; i++) s->origin[i] = loader_origin(l, i);
     feed_close(f, s, embed_index_build(b->index.counts, b->tokens, b->n, f->V, f->counts));
+    b->distinct = embed_index_distinct(b->index);
     return true;
 }
 
@@ -144,13 +148,16 @@ static inline void feed_put(Feed *f, int slot,
 // The micro-batch in a place, of rows of T tokens.
 static inline DeviceBatch feed_get(const Feed *f, int place, int rows, int T) {
     assert(place >= 0 && place < f->places);
-    return feed_batch_at(f->device_memory + feed_batch_bytes(f->max_tokens) * (size_t)place, rows,
-                         T);
+    DeviceBatch b =
+        feed_batch_at(f->device_memory + feed_batch_bytes(f->max_tokens) * (size_t)place, rows, T);
+    b.distinct = f->distinct[place];
+    return b;
 }
 
 // Copies a slot to a place; what is put on the stream from now on finds it there.
 static inline DeviceBatch feed_send(const Feed *f, int slot, int place, cudaStream_t stream) {
     const FeedSlot *s = &f->slot[slot];
+    f->distinct[place] = s->batch.distinct;
     DeviceBatch b = feed_get(f, place, s->batch.rows, s->batch.T);
     CUDA_CHECK(cudaMemcpyAsync(b.tokens, s->memory, s->bytes, cudaMemcpyHostToDevice, stream));
     return b;

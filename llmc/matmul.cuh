@@ -2,7 +2,7 @@
 //
 //     forward   y  (n, N)  = x (n, K) W^T                    W is stored (N, K): (out, in)
 //     dgrad     dx (n, K)  = dy (n, N) W
-//     wgrad     dW (N, K) += dy^T x                          FP32, whatever dy and x are
+//     wgrad     dW (N, K)  = dy^T x, or is added to          FP32, whatever dy and x are
 //     batched   d  (M, N)  = alpha op(a) op(b) + beta c      for each of `batch` matrices
 //     square    d  (M, M)  = alpha op(x) op(x)^T + beta c    likewise
 //
@@ -22,9 +22,10 @@
 // operand which we read transposed is read transposed there, too.
 //
 // PLANS. The choice of an algorithm is asked for once for each shape and kept. It takes the first
-// answer, which depends on shape and GPU alone, not on addresses or clocks. Nothing here allocates
-// or waits after matmul_init, so every product can be captured in a CUDA graph. There is one
-// workspace: products of one Matmul must run on one stream, or behind one another.
+// answer, which depends on shape and GPU alone, not on addresses or clocks; llmc/matmul_tune.cuh may
+// put a faster one with the same bits in its place. Nothing here allocates or waits after
+// matmul_init, so every product can be captured in a CUDA graph. There is one workspace: products of
+// one Matmul must run on one stream, or one after the other.
 //
 // EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for
 // Hopper alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes, and for squares the
@@ -181,9 +182,11 @@ static inline MatmulWords matmul_words(const MatmulShape *s, const float *a_scal
     return w;
 }
 
-// Asks cuBLASLt for an algorithm that needs no more than our workspace and alignment. Of the ways
-// to add up split sums, in place is out (the order would vary), and so is in d's type (BF16).
-static inline cublasLtMatmulAlgo_t matmul_choose(Matmul *m, MatmulWords *w, const MatmulShape *s) {
+// Asks cuBLASLt for up to `most` algorithms, the likely fastest first, that need no more than our
+// workspace and alignment; returns how many it has. Of the ways to add up split sums, in place is
+// out (the order would vary), and so is in d's type (BF16).
+static inline int matmul_ask(Matmul *m, MatmulWords *w, const MatmulShape *s,
+                             cublasLtMatmulHeuristicResult_t *found /* (most) */, int most) {
     cublasLtMatmulPreferenceOpaque_t want;
     uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     cublasLtMatmulPreferenceAttributes_t aligned[] = {
@@ -197,18 +200,16 @@ static inline cublasLtMatmulAlgo_t matmul_choose(Matmul *m, MatmulWords *w, cons
     for (int i = 0; i < 4; i++)
         MATMUL_CHECK(cublasLtMatmulPreferenceSetAttribute(&want, aligned[i], &MATMUL_ALIGN,
                                                           sizeof MATMUL_ALIGN));
-    cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     MATMUL_CHECK(cublasLtMatmulAlgoGetHeuristic(m->lt, &w->product, &w->b, &w->a, &w->d, &w->d,
-                                                &want, 1, &found, &count));
-    MATMUL_CHECK(count ? found.state : CUBLAS_STATUS_NOT_SUPPORTED);
-    return found.algo;
+                                                &want, most, found, &count));
+    MATMUL_CHECK(count ? found[0].state : CUBLAS_STATUS_NOT_SUPPORTED);
+    return count;
 }
 
-// The algorithm for a shape. A table half full starts anew: samples, whose lengths are multiples of
+// The plan for a shape. A table half full starts anew: samples, whose lengths are multiples of
 // 128, bring more shapes than that where rows are very long.
-static inline const cublasLtMatmulAlgo_t *matmul_plan(Matmul *m, MatmulWords *w,
-                                                      const MatmulShape *s) {
+static inline MatmulPlan *matmul_plan(Matmul *m, MatmulWords *w, const MatmulShape *s) {
     uint64_t hash = 14695981039346656037u;  // FNV-1a
     for (size_t i = 0; i < sizeof *s; i++)
         hash = (hash ^ ((const unsigned char *)s)[i]) * 1099511628211u;
@@ -220,11 +221,12 @@ static inline const cublasLtMatmulAlgo_t *matmul_plan(Matmul *m, MatmulWords *w,
     while (plan->shape.M && memcmp(&plan->shape, s, sizeof *s))
         if (++plan == m->plan + MATMUL_PLANS) plan = m->plan;
     if (!plan->shape.M) {
-        plan->algo = matmul_choose(m, w, s);
-        plan->shape = *s;
+        cublasLtMatmulHeuristicResult_t found;
+        matmul_ask(m, w, s, &found, 1);
+        plan->algo = found.algo, plan->shape = *s;
         m->planned++;
     }
-    return &plan->algo;
+    return plan;
 }
 
 static inline bool matmul_aligned(const void *p) { return (uintptr_t)p % MATMUL_ALIGN == 0; }
@@ -239,9 +241,9 @@ static inline void matmul(Matmul *m, void *d, cudaDataType_t d_type, MatmulOpera
     assert(M > 0 && N > 0 && K > 0 && batch > 0);
     assert(matmul_aligned(a.data) && matmul_aligned(b.data) && matmul_aligned(c) &&
            matmul_aligned(d));
-    MatmulShape shape = {M, N, K, batch, ta, tb, a.type, b.type, d_type}, *s = &shape;
+    const MatmulShape shape = {M, N, K, batch, ta, tb, a.type, b.type, d_type}, *s = &shape;
     MatmulWords w = matmul_words(s, a.scale, b.scale);
-    const cublasLtMatmulAlgo_t *algo = matmul_plan(m, &w, s);
+    const cublasLtMatmulAlgo_t *algo = &matmul_plan(m, &w, s)->algo;
     MATMUL_CHECK(cublasLtMatmul(m->lt, &w.product, &alpha, b.data, &w.b, a.data, &w.a, &beta, c,
                                 &w.d, d, &w.d, algo, m->workspace, MATMUL_WORKSPACE, stream));
 }

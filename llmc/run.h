@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "llmc/check.h"       // check_flags, check_saved_flags, check_out
 #include "llmc/checkpoint.h"  // ckpt_save, ckpt_find, ckpt_load, ckpt_prune
 #include "llmc/dataloader.h"  // loader_init, loader_val_next, loader_state
 #include "llmc/describe.h"    // describe_model, describe_table, describe_plan
@@ -26,7 +27,7 @@
 #include "llmc/flags.h"       // Flags, flags_parse
 #include "llmc/logger.h"      // log_open, log_row, log_write_run, log_seconds
 #include "llmc/model.h"       // Config, Table, table_init, table_find_nonfinite
-#include "llmc/sampler.h"     // sampler_pick
+#include "llmc/sampler.h"     // sampler_pick, sampler_print
 #include "llmc/schedule.h"    // Plan, Phase, schedule_at
 #include "llmc/stop.h"        // stop_listen, stop_poll
 #include "llmc/tokenizer.h"   // tokenizer_init, tokenizer_encode, tokenizer_decode
@@ -120,37 +121,6 @@ typedef struct {
     double clock;           // when the last step, or what came between steps, ended
 } Run;
 
-// Exits 2 on flags that ask for what cannot be; warns of those without effect.
-static inline void run_check_flags(const Run *r) {
-    const Flags *f = &r->flags;
-    const char *length = f->steps ? "steps" : "tokens";  // what says how long the run is
-    if (*f->prompt && !r->has_tokenizer)
-        die(EXIT_USAGE, "--prompt: found text, but --tokenizer none; name one");
-    if (*f->prompt) tokenizer_require_encode(&r->tokenizer);
-    if (f->sample_every && !r->has_tokenizer)
-        die(EXIT_USAGE, "--sample-every: found %d, but --tokenizer none; name one",
-            f->sample_every);
-    if (f->save_every && !*f->out)
-        die(EXIT_USAGE, "--save-every: found %d, but no --out to save in; name a folder",
-            f->save_every);
-    if (f->steps && f->tokens) warn("--tokens is not used: --steps says how long the run is");
-    if ((f->steps || f->tokens) &&
-        f->ratio != atof(args_find((Arg *)r->args, FLAGS_COUNT, "ratio")->fallback))
-        warn("--ratio is not used: --%s says how long the run is", length);
-}
-
-// A micro-batch must divide the batch, which may leave it far smaller than it could be.
-static inline void run_check_micro_batch(const Run *r) {
-    int64_t rows = r->plan.batch / r->cfg.T;
-    int64_t most = model_micro_tokens(&r->cfg, r->flags.recompute) / r->cfg.T;
-    if (most > rows) most = rows;
-    if (r->flags.micro_batch || 2 * r->plan.micro_rows >= most) return;
-    warn("micro-batches of %d row%s, where %lld would fit: the %lld rows of --batch-tokens %lld "
-         "have no larger divisor up to there; choose a number of rows that has",
-         r->plan.micro_rows, r->plan.micro_rows == 1 ? "" : "s", (long long)most, (long long)rows,
-         (long long)r->plan.batch);
-}
-
 // Everything that flags decide, before memory is taken or data opened.
 static inline void run_configure(Run *r, int argc, char **argv) {
     flags_parse(&r->flags, r->args, argc, argv);
@@ -161,11 +131,13 @@ static inline void run_configure(Run *r, int argc, char **argv) {
     r->flags_text = args_line(r->args, FLAGS_COUNT);
     r->has_tokenizer = strcmp(f->tokenizer, "none") != 0;
     if (r->has_tokenizer) tokenizer_init(&r->tokenizer, f->tokenizer);
-    run_check_flags(r);
+    check_flags(f, r->has_tokenizer ? &r->tokenizer : NULL);
+    check_ratio(f, args_find(r->args, FLAGS_COUNT, "ratio"));
     r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
                                r->has_tokenizer ? r->tokenizer.bos : -1);
-    r->plan = plan_from_flags(f, &r->cfg, 1, model_micro_tokens(&r->cfg, f->recompute));
-    run_check_micro_batch(r);
+    int micro_tokens = model_micro_tokens(&r->cfg, f->recompute);
+    r->plan = plan_from_flags(f, &r->cfg, 1, micro_tokens);
+    check_micro_batch(f, &r->cfg, &r->plan, micro_tokens);
     table_init(&r->table, &r->cfg);
 }
 
@@ -227,28 +199,6 @@ static inline bool run_save(Run *r) {
     return saved;
 }
 
-// Names the flags that shape the training, all rows of the table before --out, and are not those of
-// the save. (Of --train it is the shards that count: loader_restore compares them.)
-static inline void run_compare_flags(const Run *r, const char *saved) {
-    char *text = NULL;
-    size_t size = 0;
-    int changed = 0;
-    FILE *list = saved ? open_memstream(&text, &size) : NULL;
-    if (!list) return;
-    for (const Arg *arg = r->args; strcmp(arg->name, "out"); arg++) {
-        char *line = die_strdup(saved, "the save's flags"), now[64];
-        const char *was;
-        if (strcmp(arg->name, "train") && args_changed(arg, line, &was))
-            fprintf(list, "%s--%s %s (was %s)%s", changed++ ? ", " : "", arg->name,
-                    args_text(arg, now, sizeof now), *was ? was : "empty",
-                    strcmp(arg->name, "seed") ? "" : ": the order of the data stays the save's");
-        free(line);
-    }
-    fclose(list);
-    if (changed) warn("--resume goes on with other flags than the save's: %s", text);
-    free(text);
-}
-
 // --resume: parameters, optimizer, place in the data and step of a save, when there is one.
 static inline void run_resume(Run *r) {
     char folder[IO_PATH_MAX];
@@ -267,57 +217,12 @@ static inline void run_resume(Run *r) {
     r->step = meta.step, r->tokens = meta.tokens;
     printf("resumed from %s: %lld step%s, %lld tokens\n", folder, (long long)r->step,
            r->step == 1 ? "" : "s", (long long)r->tokens);
-    run_compare_flags(r, ckpt_find_note(&meta, "flags"));
+    check_saved_flags(r->args, ckpt_find_note(&meta, "flags"));
     if (r->step > r->plan.steps)
         die(EXIT_USAGE, "%s: found %lld steps done, expected at most --steps %lld", folder,
             (long long)r->step, (long long)r->plan.steps);
     ckpt_meta_free(&meta);
     free(params), free(states);
-}
-
-// Exits 2 where no file can be made with that name; a full disk may have room again by then.
-static inline void run_probe(const char *flag, const char *folder, const char *name) {
-    char path[2 * IO_PATH_MAX];
-    IoFile f;
-    snprintf(path, sizeof path, "%s%s", folder, name);
-    bool failed = io_create(&f, path) || io_close(&f);
-    if (failed && !io_disk_full())
-        die(EXIT_USAGE, "--%s: %s; choose another place", flag, io_error);
-    unlink(path);
-}
-
-// Makes --out and takes it for this process alone. What can never be written is found here, and not
-// when the steps are done.
-static inline void run_claim_out(Run *r) {
-    const Flags *f = &r->flags;
-    char path[IO_PATH_MAX];
-    if (*f->dump) run_probe("dump", f->dump, ".tmp");
-    if (*f->dump || !*f->out) return;
-    if (io_make_dir(f->out)) die(EXIT_USAGE, "--out: %s", io_error);
-    run_probe("out", f->out, "/probe.tmp");
-    ckpt_join(path, f->out, "lock");
-    int held = io_lock(&r->lock, path);
-    if (held > 0)
-        die(EXIT_USAGE,
-            "--out %s: another process is running there; stop it, or choose another folder",
-            f->out);
-    if (held < 0) warn("--out %s: another process may start there, too: %s", f->out, io_error);
-}
-
-// Sees that --out holds no save of a later step than the one this run begins at: the newest counts,
-// and --keep removes the oldest, so the run would lose its own saves. (After --resume auto only
-// damaged ones can be newer.)
-static inline void run_check_saves(const Run *r) {
-    CkptEntry *saves = NULL;
-    if (!*r->flags.out || !strcmp(r->flags.resume, "auto")) return;
-    int count = ckpt_list(r->flags.out, &saves);
-    if (count < 0) die(EXIT_CHECKPOINT, "--out: cannot look for saves: %s", io_error);
-    if (count > 0 && saves[0].step > r->step)
-        die(EXIT_USAGE,
-            "--out: found the save %s, expected none later than step %lld, where this run begins; "
-            "go on with --resume auto, or choose another folder",
-            saves[0].path, (long long)r->step);
-    free(saves);
 }
 
 // --- validation and samples --------------------------------------------------------------------
@@ -344,18 +249,6 @@ static inline void run_validate(Run *r, LogRow *row) {
     }
     row->val_loss = nats / (double)count;
     if (bytes) row->val_bpb = text_nats / (log(2) * (double)bytes);
-}
-
-// Prints text, (n) bytes of anything, so that no terminal takes a part of it for a command: control
-// characters but for newline and tab, and what is not UTF-8, as \xNN.
-static inline void run_print_text(const uint8_t *s, size_t n) {
-    for (size_t at = 0, size; at < n; at += size) {
-        bool valid = (size = tokenizer_utf8(s + at, n - at)) != 0;
-        bool control = (s[at] < 0x20 && s[at] != '\n' && s[at] != '\t') || s[at] == 0x7F ||
-                       (size == 2 && s[at] == 0xC2 && s[at + 1] < 0xA0);
-        if (!valid) size = 1;
-        for (size_t i = at; i < at + size; i++) printf(control || !valid ? "\\x%02X" : "%c", s[i]);
-    }
 }
 
 // Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text.
@@ -388,7 +281,7 @@ static inline void run_sample(Run *r) {
     }
     fclose(out);
     printf("sample: ");
-    run_print_text((const uint8_t *)text, size);
+    sampler_print(stdout, (const uint8_t *)text, size);
     printf("\n");
     free(text), free(list.ids);
 }
@@ -513,17 +406,6 @@ static inline void run_dump(Run *r) {
 
 // --- from start to end -------------------------------------------------------------------------
 
-// Warns when the validation shard, by its tokens' number and hash, is one of the training shards.
-static inline void run_check_val(const Run *r) {
-    const ShardList *train = &r->loader.rows.shards;
-    if (!*r->flags.val) return;
-    const Shard *val = &r->val.shards.shard[0];
-    for (int i = 0; i < train->count; i++)
-        if (train->shard[i].tokens == val->tokens && train->shard[i].hash == val->hash)
-            warn("--val: %s is also trained on, as %s: its loss says nothing of new text",
-                 val->file.path, train->shard[i].file.path);
-}
-
 // Opens the data, takes --out and memory, and goes to the save to resume from.
 static inline void run_open(Run *r) {
     const Flags *f = &r->flags;
@@ -535,11 +417,15 @@ static inline void run_open(Run *r) {
     RowsConfig rows = {f->train,   r->cfg.T,      r->cfg.V,         r->cfg.bos,
                        r->bestfit, r->keep_tails, (uint64_t)f->seed};
     loader_init(&r->loader, &rows, 0, 1);
-    if (*f->val)
+    if (*f->val) {
         loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
                         f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
-    run_check_val(r);
-    run_claim_out(r);
+        check_val(&r->loader.rows.shards, &r->val.shards.shard[0]);
+    }
+    if (*f->dump)
+        check_place("dump", f->dump, ".tmp");
+    else if (*f->out)
+        check_out(f->out, &r->lock);
     model_init(r->model, &r->cfg, &r->plan, (uint32_t)f->seed, r->test_init);
     size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
     r->inputs = (int *)die_alloc(tokens, sizeof(int), "tokens");
@@ -601,7 +487,7 @@ static inline int run_main(Model *model, int argc, char **argv) {
     if (*run.flags.dump) {
         run_dump(&run);
     } else {
-        run_check_saves(&run);
+        check_saves(&run.flags, run.step);
         run_log_open(&run);
         code = run_train(&run);
         log_close(&run.log);

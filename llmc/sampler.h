@@ -1,4 +1,4 @@
-// sampler.h: draws the next token from a row of logits.
+// sampler.h: draws the next token from a row of logits, and prints what tokens spell.
 //
 //     p_v proportional to exp(z_v / temperature) over the top_k largest logits (0: over all)
 //
@@ -9,9 +9,11 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 
-#include "llmc/die.h"  // die_alloc
+#include "llmc/die.h"        // die_alloc
+#include "llmc/tokenizer.h"  // tokenizer_utf8
 
 static inline int sampler_descending(const void *a, const void *b) {
     float x = *(const float *)a, y = *(const float *)b;
@@ -47,6 +49,19 @@ static inline int sampler_pick(const float *logits,  // (V)
         if (seen > u * sum) return v;
     }
     return best;
+}
+
+// Prints text, (n) bytes of anything, so that no terminal takes a part of it for a command: control
+// characters but for newline and tab, and what is not UTF-8, as \xNN.
+static inline void sampler_print(FILE *out, const uint8_t *s, size_t n) {
+    for (size_t at = 0, size; at < n; at += size) {
+        size = tokenizer_utf8(s + at, n - at);
+        bool control = (s[at] < 0x20 && s[at] != '\n' && s[at] != '\t') || s[at] == 0x7F ||
+                       (size == 2 && s[at] == 0xC2 && s[at + 1] < 0xA0);
+        const char *format = control || !size ? "\\x%02X" : "%c";
+        if (!size) size = 1;
+        for (size_t i = at; i < at + size; i++) fprintf(out, format, s[i]);
+    }
 }
 
 #endif

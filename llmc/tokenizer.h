@@ -468,8 +468,8 @@ static inline void tokenizer_require_encode(const Tokenizer *t) {
 #ifndef USE_PCRE2
     if (t->slots)
         die(EXIT_USAGE,
-            "this program was built without PCRE2, which splits text for this tokenizer; install "
-            "libpcre2-dev and build again, or use --tokenizer bytes");
+            "this program was built without PCRE2, which splits text for this "
+            "tokenizer; install libpcre2-dev and build again, or use --tokenizer bytes");
 #endif
     (void)t;
 }
@@ -480,6 +480,7 @@ static inline void tokenizer_encode(const Tokenizer *t, const void *text, size_t
                                     TokenList *out) {
     const uint8_t *s = (const uint8_t *)text;
     if (!n) return;
+    tokenizer_require_encode(t);
     if (n > TOKENIZER_MAX_TEXT)
         die(EXIT_DATA, "found a text of %zu bytes, expected at most 2^31; split it", n);
     if (!t->slots) {
@@ -493,8 +494,6 @@ static inline void tokenizer_encode(const Tokenizer *t, const void *text, size_t
     if (good < n) tokenizer_bad_tail(t, &heap, s, n, good, last, out);
     free(heap.parts);
     free(heap.heap);
-#else
-    tokenizer_require_encode(t);
 #endif
 }
 

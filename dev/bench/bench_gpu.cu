@@ -143,9 +143,11 @@ static void bench(char *flags, bool table) {
     run_configure(r, argc, argv);
     run_open(r);
     ModelFacts facts = model_facts(m);
-    printf("\ndepth %d: C %d, H %d, V %d, T %d, windows %s; %lld tokens a step, %lld at once; %s\n",
+    printf("\ndepth %d: C %d, H %d, V %d, T %d, windows %s; %lld tokens a step, %lld at once, "
+           "--recompute %d; %s\n",
            r->cfg.L, r->cfg.C, r->cfg.H, r->cfg.V, r->cfg.T, r->flags.window_pattern,
-           (long long)r->plan.batch, (long long)r->plan.micro_rows * r->cfg.T, facts.device);
+           (long long)r->plan.batch, (long long)r->plan.micro_rows * r->cfg.T, r->plan.recompute,
+           facts.device);
     run_steps(r, WARM);
     double us = run_steps(r, STEPS);
     if (table) {

@@ -22,4 +22,4 @@ EMULATE=early,backward dev/test/run.sh "$@"
 echo "==== trainers"
 "$BUILD/tokenize" --tokenizer bytes --out "$out/text" llmc >/dev/null
 trainer train_gpt2cu_fp32 --steps 3 --top 3
-trainer train_gpt2cu --steps 10 --dumps 0 --updates 0
+trainer train_gpt2cu --steps 7 --dumps 0 --updates 0

@@ -63,6 +63,9 @@ static void check_index(const int *tokens, int n, int V) {
         }
     check_pieces(&index, tokens, n, occurs);
     check_splits(&index, n, V, occurs);
+    int distinct = 0;
+    for (int v = 0; v < V; v++) distinct += occurs[v] > 0;
+    CHECK_INT(embed_index_distinct(index), distinct);
     free(memory), free(counts), free(occurs);
 }
 

@@ -127,7 +127,7 @@ TEST(another_signal_lets_the_save_be_finished) {
     }
 }
 
-TEST(a_stop_that_can_not_save_is_an_error) {
+TEST(a_stop_that_cannot_save_is_an_error) {
     touch(in_dir("out/STOP"));
     int code = run("(trap '' XFSZ; ulimit -f 64; exec %s --out %s)", train(), in_dir("out"));
     CHECK_INT(code, EXIT_CHECKPOINT);
@@ -144,6 +144,6 @@ int main(void) {
     RUN_IN_DIR(without_out_a_signal_ends_the_run_and_says_that_nothing_is_saved);
     RUN_IN_DIR(the_same_signal_again_ends_the_run_at_once);
     RUN_IN_DIR(another_signal_lets_the_save_be_finished);
-    RUN_IN_DIR(a_stop_that_can_not_save_is_an_error);
+    RUN_IN_DIR(a_stop_that_cannot_save_is_an_error);
     return test_end();
 }

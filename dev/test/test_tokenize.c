@@ -282,7 +282,7 @@ TEST(out_may_be_a_folder) {
     check_shard("new/train_000000.bin", "|a");
 }
 
-TEST(what_can_not_be_used_is_refused) {
+TEST(what_cannot_be_used_is_refused) {
     put_text("a.txt", "a");
     CHECK_INT(tokenize("%s", in_dir("missing.txt")), EXIT_DATA);
     CHECK_SAID("missing.txt");
@@ -551,7 +551,7 @@ int main(void) {
     RUN_IN_DIR(shards_end_with_the_document_that_fills_them);
     RUN_IN_DIR(an_older_shard_after_the_new_ones_is_pointed_out);
     RUN_IN_DIR(out_may_be_a_folder);
-    RUN_IN_DIR(what_can_not_be_used_is_refused);
+    RUN_IN_DIR(what_cannot_be_used_is_refused);
     RUN_IN_DIR(gpt2_tokens_are_those_of_the_tokenizer);
     RUN_IN_DIR(the_shards_do_not_depend_on_the_threads);
     RUN_IN_DIR(bigram_equals_a_hand_worked_case);

@@ -3,7 +3,8 @@
 #include <cuda_fp8.h>
 
 #include "dev/test/gpu/test_tokens.cuh"  // filled_array
-#include "llmc/matmul.cuh"  // matmul_forward, matmul_dgrad, matmul_wgrad, matmul_batched
+#include "llmc/matmul_tune.cuh"  // matmul_tune_forward, matmul_tune_dgrad, matmul_tune_wgrad
+#include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad, matmul_batched
 
 static Matmul mm;
 
@@ -349,6 +350,41 @@ TEST(relu2_captured) {
 // ---------------------------------------------------------------------------------------------
 
 // More shapes than the table of plans holds, as samples bring them.
+// A plan that was tuned gives the bits that it gave before. In BF16 on a GPU some shape's is replaced.
+TEST(tuned_plans_have_the_same_bits) {
+    if (sizeof(floatX) == 4) SKIP("of BF16");
+    Matmul tuned;
+    matmul_init(&tuned, &test_gpu);
+    for (int n : {64, grid_small ? 136 : 8192}) {
+        int K = grid_small ? 64 : 768, N = grid_small ? 128 : 3072;
+        size_t bytes = 4 * ((size_t)n * K + (size_t)n * N + (size_t)N * K) + 4096;
+        void *memory = gpu_bytes("memory", bytes);
+        GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)n * K, 1);
+        GpuArray<floatX> w = gpu_normal<floatX>("w", (size_t)N * K, 1);
+        GpuArray<floatX> dy = gpu_normal<floatX>("dy", (size_t)n * N, 1);
+        GpuArray<floatX> y[2], dx[2];
+        GpuArray<float> dw[2];
+        CHECK(!matmul_tune_forward(&tuned, n, K, N, memory, 1000, 0));  // too little memory
+        matmul_tune_forward(&tuned, n, K, N, memory, bytes, 0);
+        matmul_tune_dgrad(&tuned, n, K, N, memory, bytes, 0);
+        matmul_tune_wgrad(&tuned, n, K, N, memory, bytes, 0);
+        for (int i = 0; i < 2; i++) {
+            Matmul *by = i ? &tuned : &mm;
+            y[i] = gpu_poisoned<floatX>("y", (size_t)n * N);
+            dx[i] = gpu_poisoned<floatX>("dx", (size_t)n * K);
+            dw[i] = gpu_poisoned<float>("dw", (size_t)N * K);
+            MatmulOperand X = matmul_operand(x.device), dY = matmul_operand(dy.device);
+            MatmulOperand W = matmul_operand(w.device);
+            matmul_forward(by, y[i].device, X, W, {MATMUL_STORE}, n, K, N, 0);
+            matmul_dgrad(by, dx[i].device, dY, W, {MATMUL_STORE}, n, K, N, 0);
+            matmul_wgrad(by, dw[i].device, dY, X, MATMUL_STORE, n, K, N, 0);
+        }
+        CHECK(same_bits(y[0], y[1]) && same_bits(dx[0], dx[1]) && same_bits(dw[0], dw[1]));
+        gpu_end_case();
+    }
+    matmul_free(&tuned);
+}
+
 TEST(more_shapes_than_plans) {
     const int K = 8, N = 16, all = grid_small ? 40 : MATMUL_PLANS + 50;
     GpuArray<floatX> x = gpu_normal<floatX>("x", (size_t)all * K, 1);
@@ -538,6 +574,7 @@ int main(int argc, char **argv) {
     RUN(relu2_backward_epilogue);
     RUN(relu2_not_finite);
     RUN(relu2_captured);
+    RUN(tuned_plans_have_the_same_bits);
     RUN(more_shapes_than_plans);
     RUN(capture_in_a_graph);
 #ifndef PRECISION_FP32
