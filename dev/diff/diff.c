@@ -58,8 +58,8 @@ typedef struct {
 // init the gradients of the lambdas are rounding noise, whose sign AdamW follows: --lr-smear, which
 // is not scaled down for small batches, would make it large. And of a value embedding now and then
 // one gradient in 100,000 is rounding noise in the first step, which then goes the other way: at a
-// rate of 0.3 that alone is 7 times what is allowed of the tensor, at 0.01 a quarter. (What the step
-// changes in all is 100 times what is allowed.)
+// rate of 0.3 that alone is 7 times what is allowed of the tensor, at 0.01 a quarter. (What the
+// step changes in all is 100 times what is allowed.)
 static const char default_flags[] =
     "--vocab 257 --bos 256 --depth 4 --channels 256 --heads 2 --seq-len 256 --window-short 100 "
     "--doc-mask 1 --batch-tokens 1024 --micro-batch 2 --warmup 10 --lr-matrix 0.16 "

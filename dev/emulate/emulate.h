@@ -2,7 +2,7 @@
 // there is no GPU. Every thread of a block is a fiber with a stack of its own; they run one after
 // the other, each until it has to wait for others. Blocks run one after the other.
 //
-//     translate.sed   kernel<<<grid, block, shared, stream>>>(...) becomes emulate::launch(...)(...)
+//     translate.sed   kernel<<<grid, block, bytes, stream>>>(...) becomes emulate::launch(...)(...)
 //     emulate.h       what a kernel sees of C++: threadIdx, __syncthreads, __shfl_sync, ...
 //     ptx.cuh         in place of llmc/ptx.cuh and llmc/ptx_sm90.cuh: each instruction in plain C
 //     emulate.cc      fibers, barriers, launches; CUDA's runtime; the products of cuBLASLt

@@ -46,7 +46,7 @@ TEST(every_flag_arrives) {
     Flags f;
     flags_table(table, &f);
     for (int i = 0; i < FLAGS_COUNT; i++) {
-        double low = table[i].low != 0 || table[i].high != 0 ? table[i].low : 0;
+        double low = table[i].low, high = table[i].high;  // 0, 0: no range
         snprintf(name[i], sizeof name[i], "--%s", table[i].name);
         if (table[i].type == ARG_STRING)
             snprintf(text[i], sizeof text[i], "text %d", i);
@@ -55,7 +55,8 @@ TEST(every_flag_arrives) {
         else if (table[i].type == ARG_DOUBLE)
             snprintf(text[i], sizeof text[i], "%g", low + 0.25);
         else
-            snprintf(text[i], sizeof text[i], "%.0f", low + 3);
+            snprintf(text[i], sizeof text[i], "%.0f",
+                     high > low && high < low + 3 ? high : low + 3);
         argv[2 * i + 1] = name[i], argv[2 * i + 2] = text[i];
     }
     parse(2 * FLAGS_COUNT + 1, argv);

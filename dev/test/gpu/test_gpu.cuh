@@ -4,7 +4,7 @@
 //     TEST(norm) {
 //         for (int n : {1, 2, 63}) {
 //             int C = 128;
-//             GpuArray<floatX> x = gpu_normal<floatX>("x", n * C, 1);      // x.host: as floatX holds it
+//             GpuArray<floatX> x = gpu_normal<floatX>("x", n * C, 1);  // x.host: as floatX holds it
 //             GpuArray<floatX> y = gpu_poisoned<floatX>("y", n * C);
 //             GpuArray<float> r = gpu_poisoned<float>("r", n);
 //             float *y_expected = gpu_expected(n * C), *r_expected = gpu_expected(n);
@@ -12,7 +12,7 @@
 //             cpu::norm_forward(y_expected, r_expected, x.host, n, C);
 //             gpu_compare(y, y_expected, n, C, "n %d, C %d", n, C);
 //             gpu_compare(r, r_expected, n, 1, "n %d, C %d", n, C);
-//             gpu_end_case();                                              // frees, checks the guards
+//             gpu_end_case();                                            // frees, checks the guards
 //         }
 //     }
 //     int main(void) { gpu_test_begin(); RUN(norm); return test_end(); }

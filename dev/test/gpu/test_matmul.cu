@@ -350,7 +350,8 @@ TEST(relu2_captured) {
 // ---------------------------------------------------------------------------------------------
 
 // More shapes than the table of plans holds, as samples bring them.
-// A plan that was tuned gives the bits that it gave before. In BF16 on a GPU some shape's is replaced.
+// A plan that was tuned gives the bits that it gave before. In BF16 on a GPU some shape's is
+// replaced.
 TEST(tuned_plans_have_the_same_bits) {
     if (sizeof(floatX) == 4) SKIP("of BF16");
     Matmul tuned;
