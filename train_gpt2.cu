@@ -1059,7 +1059,7 @@ static void require_memory(Model *m, const Phase *most) {
 // forward and proj's dgrad are cuBLASLt's only where llmc/gemm_sm90.cuh is not.
 static void tune_products(Model *m, int n) {
     Matmul *mm = &m->matmul;
-    int C = m->cfg.C, F = m->cfg.F, Vp = m->cfg.Vp, last = n % HEAD_ROWS;
+    int C = m->cfg.C, F = m->cfg.F, Vp = m->cfg.Vp;
     size_t bytes = activations_layout(&m->a, &m->cfg, n, m->recompute, (char *)m->activations);
     int out[][2] = {{C, 3 * C}, {C, C}, {C, F}, {F, C}};  // qkv, wo, fc, proj: from, to
     if (matmul_flops(n, C, C) < 1e10) return;             // below some 20 us guesses will do
@@ -1070,8 +1070,8 @@ static void tune_products(Model *m, int n) {
             matmul_tune_dgrad(mm, n, K, N, m->activations, bytes, m->stream);
         matmul_tune_wgrad(mm, n, K, N, m->activations, bytes, m->stream);
     }
-    for (int rows : {min(n, (int)HEAD_ROWS), last}) {
-        if (!rows) continue;
+    for (int rows : {min(n, (int)HEAD_ROWS), n > HEAD_ROWS ? n % HEAD_ROWS : 0}) {
+        if (!rows) continue;  // the last chunk of the head is as long as the others
         matmul_tune_forward(mm, rows, C, Vp, m->activations, bytes, m->stream);
         matmul_tune_dgrad(mm, rows, C, Vp, m->activations, bytes, m->stream);
         matmul_tune_wgrad(mm, rows, C, Vp, m->activations, bytes, m->stream);
