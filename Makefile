@@ -62,7 +62,7 @@ GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/tes
              $(if $(HOPPER),$(BUILD)/gpu/bf16/test_attention_portable)
 
 # Idle OpenMP threads sleep: spinning, they slow a step down several times where others are at work.
-diff test bench-cpu: export OMP_WAIT_POLICY ?= passive
+diff test test-mutations test-emulated bench-cpu: export OMP_WAIT_POLICY ?= passive
 
 .PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
         gpu-tests test-gpu test-emulated sanitize ladders ladder diff bench bench-cpu doctor readme format clean
