@@ -22,10 +22,10 @@
 // operand which we read transposed is read transposed there, too.
 //
 // PLANS. The choice of an algorithm is asked for once for each shape and kept. It takes the first
-// answer, which depends on shape and GPU alone, not on addresses or clocks; llmc/matmul_tune.cuh may
-// put a faster one with the same bits in its place. Nothing here allocates or waits after
-// matmul_init, so every product can be captured in a CUDA graph. There is one workspace: products of
-// one Matmul must run on one stream, or one after the other.
+// answer, which depends on shape and GPU alone, not on addresses or clocks; llmc/matmul_tune.cuh
+// may put a faster one with the same bits in its place. Nothing here allocates or waits after
+// matmul_init, so every product can be captured in a CUDA graph. There is one workspace: products
+// of one Matmul must run on one stream, or one after the other.
 //
 // EPILOGUES say what happens to a product on its way to memory. For ReLU^2's, BF16 builds for
 // Hopper alone (HOPPER) take llmc/gemm_sm90.cuh's kernel if it fits the sizes, and for squares the

@@ -1,11 +1,11 @@
-// matmul_tune.cuh: faster plans for the products of a step, found by the clock and with the same bits.
+// matmul_tune.cuh: faster plans for a step's products: found by the clock, with the same bits.
 //
-// cuBLASLt guesses which of its algorithms is the fastest for a shape; it is not always right. So it
-// is asked for several, and each computes the same product of random numbers, in turns, since clocks
-// drift. But a choice by the clock may come out differently the next time, and the same command must
-// give the same bits. So an algorithm is taken only if all its bits are those of the first answer,
-// whoever is chosen then: it adds in the same order, in tiles of another size or shape. And only if
-// it is faster by more than chance.
+// cuBLASLt guesses which of its algorithms is the fastest for a shape; it is not always right. So
+// it is asked for several, and each computes the same product of random numbers, in turns, since
+// clocks drift. But a choice by the clock may come out differently the next time, and the same
+// command must give the same bits. So an algorithm is taken only if all its bits are those of the
+// first answer, whoever is chosen then: it adds in the same order, in tiles of another size or
+// shape. And only if it is faster by more than chance.
 //
 //     matmul_tune_forward, _dgrad, _wgrad      of one product of a linear layer each
 //
@@ -34,7 +34,8 @@ __device__ __forceinline__ unsigned tune_mix(unsigned x) {  // MurmurHash3's las
         x[i] = (tune_mix((unsigned)i ^ seed) & 0x83ff83ffu) | 0x3c003c00u;
 }
 
-// A sum over all words of what their place and bits make: whole numbers, whose order does not matter.
+// A sum over all words of what their place and bits make: whole numbers, whose order does not
+// matter.
 [[maybe_unused]] static __global__ void tune_hash_kernel(unsigned long long *hash,
                                                          const unsigned *x, size_t words) {
     size_t step = (size_t)gridDim.x * blockDim.x;

@@ -4,10 +4,10 @@
 //
 //     dy = r (dout - out mean(dout out)),   dx1 = dy1 cos - dy2 sin,   dx2 = dy2 cos + dy1 sin
 //
-// dout is 16 rows of a product, a warp's (tile_sm90.cuh), and out lies beside it in the same layout.
-// A lane has both numbers of each pair j, j + D/2: chunks c and c + D/16 of 8 columns hold them. A
-// row is in four lanes. cos and sin are 4 D bytes a row and head, from L2: angles_load() asks for
-// them where there is other work until they come.
+// dout is 16 rows of a product, a warp's (tile_sm90.cuh), and out lies beside it in the same
+// layout. A lane has both numbers of each pair j, j + D/2: chunks c and c + D/16 of 8 columns hold
+// them. A row is in four lanes. cos and sin are 4 D bytes a row and head, from L2: angles_load()
+// asks for them where there is other work until they come.
 #ifndef LLMC_ROTARY_SM90_CUH
 #define LLMC_ROTARY_SM90_CUH
 

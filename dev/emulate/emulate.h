@@ -7,9 +7,9 @@
 //     ptx.cuh         in place of llmc/ptx.cuh and llmc/ptx_sm90.cuh: each instruction in plain C
 //     emulate.cc      fibers, barriers, launches; CUDA's runtime; the products of cuBLASLt
 //
-// LATE. What the hardware does on its own (copies to and from shared memory, wgmma) may happen at any
-// moment up to the one at which the program waits for it. Here it happens at the last: copies when
-// nobody else can go on, products when they are waited for. So what is read too early, or
+// LATE. What the hardware does on its own (copies to and from shared memory, wgmma) may happen at
+// any moment up to the one at which the program waits for it. Here it happens at the last: copies
+// when nobody else can go on, products when they are waited for. So what is read too early, or
 // overwritten too early, is wrong, every time. EMULATE=early does copies at once, which finds the
 // stage that is given back while a product still reads it; EMULATE=backward lets the threads of a
 // block take their turns in the opposite order.
