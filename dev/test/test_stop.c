@@ -31,7 +31,7 @@ static void check_goes_on(const char *flags) {
     read_log(&whole, in_dir("whole"));
     read_log(&csv, in_dir("out"));
     check_rows(&csv, &whole, 0);
-    snprintf(path, sizeof path, "ckpt/%s", listing(in_dir("whole/ckpt")));
+    snprintf(path, sizeof path, "ckpt/%.50s", listing(in_dir("whole/ckpt")));
     CHECK_SAME_FILE(in_dir("out/%s/model.safetensors", path),
                     in_dir("whole/%s/model.safetensors", path));
     CHECK_SAME_FILE(in_dir("out/%s/optim_rank000.safetensors", path),
