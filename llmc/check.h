@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "llmc/checkpoint.h"  // ckpt_list
+#include "llmc/checkpoint.h"  // ckpt_join, ckpt_list
 #include "llmc/die.h"         // die, die_strdup, warn
 #include "llmc/flags.h"       // Flags, args_find, args_changed
 #include "llmc/io.h"          // io_create, io_lock, io_disk_full
@@ -81,9 +81,10 @@ static inline void check_val(const ShardList *train, const Shard *val) {
 // That a file can be made with the name that two parts make. A full disk may have room again when
 // it is due.
 static inline void check_place(const char *flag, const char *begin, const char *end) {
-    char path[2 * IO_PATH_MAX];
+    char path[IO_PATH_MAX];
     IoFile f;
-    snprintf(path, sizeof path, "%s%s", begin, end);
+    if (snprintf(path, sizeof path, "%s%s", begin, end) >= IO_PATH_MAX)
+        die(EXIT_USAGE, "--%s: a path of %d characters or more: %s", flag, IO_PATH_MAX, begin);
     bool failed = io_create(&f, path) || io_close(&f);
     if (failed && !io_disk_full())
         die(EXIT_USAGE, "--%s: %s; choose another place", flag, io_error);
@@ -93,10 +94,10 @@ static inline void check_place(const char *flag, const char *begin, const char *
 // Makes the folder --out, sees that it can be written to, and takes it for this process alone,
 // until `lock` is closed.
 static inline void check_out(const char *out, IoFile *lock) {
-    char path[2 * IO_PATH_MAX];
+    char path[IO_PATH_MAX];
     if (io_make_dir(out)) die(EXIT_USAGE, "--out: %s", io_error);
     check_place("out", out, "/probe.tmp");
-    snprintf(path, sizeof path, "%s/lock", out);
+    ckpt_join(path, out, "lock");
     int held = io_lock(lock, path);
     if (held > 0)
         die(EXIT_USAGE,
