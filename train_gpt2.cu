@@ -1057,10 +1057,9 @@ static void require_memory(Model *m, const Phase *most) {
 
 // Plans for the large products of a micro-batch of n tokens, tried in the activations' memory. fc's
 // forward and proj's dgrad are cuBLASLt's only where llmc/gemm_sm90.cuh is not.
-static void tune_products(Model *m, int n) {
+static void tune_products(Model *m, int n, size_t bytes) {
     Matmul *mm = &m->matmul;
     int C = m->cfg.C, F = m->cfg.F, Vp = m->cfg.Vp;
-    size_t bytes = activations_layout(&m->a, &m->cfg, n, m->recompute, (char *)m->activations);
     int out[][2] = {{C, 3 * C}, {C, C}, {C, F}, {F, C}};  // qkv, wo, fc, proj: from, to
     if (matmul_flops(n, C, C) < 1e10) return;             // below some 20 us guesses will do
     for (auto [K, N] : out) {
@@ -1115,13 +1114,13 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
 
     int tokens = most.micro_rows * most.T, places = (int)most.micro_steps;
     m->max_tokens = (size_t)tokens;
-    m->activations = gpu_alloc(&m->gpu, activations_layout(&m->a, cfg, tokens, m->recompute, NULL),
-                               "the activations");
+    size_t bytes = activations_layout(&m->a, cfg, tokens, m->recompute, NULL);
+    m->activations = gpu_alloc(&m->gpu, bytes, "the activations");
     activations_layout(&m->a, cfg, tokens, m->recompute, (char *)m->activations);
 #ifdef USE_CUDNN
     m->cudnn_work = gpu_alloc(&m->gpu, m->cudnn_bytes, "cuDNN's attention");
 #endif
-    if (sizeof(floatX) == 2) tune_products(m, tokens);
+    if (sizeof(floatX) == 2) tune_products(m, tokens, bytes);
     feed_init(&m->feed, &m->gpu, cfg, tokens, most.micro_rows, 2 * places, places);
     m->host_step = (StepState *)gpu_alloc_host(sizeof *m->step, "the step's numbers");
     m->host_losses = (float *)gpu_alloc_host(m->max_tokens * sizeof(float), "validation's losses");

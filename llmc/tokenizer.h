@@ -478,8 +478,8 @@ static inline void tokenizer_require_encode(const Tokenizer *t) {
 // PCRE2 is needed and was not compiled in. Several threads may share one Tokenizer.
 static inline void tokenizer_encode(const Tokenizer *t, const void *text, size_t n,
                                     TokenList *out) {
-    const uint8_t *s = (const uint8_t *)text;
     if (!n) return;
+    const uint8_t *s = (const uint8_t *)text;
     tokenizer_require_encode(t);
     if (n > TOKENIZER_MAX_TEXT)
         die(EXIT_DATA, "found a text of %zu bytes, expected at most 2^31; split it", n);

@@ -295,8 +295,6 @@ void emulate::enqueue(cudaStream_t, std::function<void()> work) {
 
 extern "C" {
 
-static cudaError_t last_error = cudaSuccess;
-
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     *s = (cudaStream_t)malloc(1);
     return cudaSuccess;
@@ -404,7 +402,7 @@ cudaError_t cudaMemset(void *to, int value, size_t bytes) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// The GPU: one SM, so that grids made for its processors stay small.
+// The GPU: two SMs, so that grids made for its processors stay small.
 
 enum { PROCESSORS = 2 };
 
@@ -429,7 +427,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
     return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaGetLastError(void) { return last_error; }
+cudaError_t cudaGetLastError(void) { return cudaSuccess; }  // launches stop the program instead
 const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaSuccess                 ? "no error"
            : e == cudaErrorMemoryAllocation ? "out of memory"
@@ -437,7 +435,7 @@ const char *cudaGetErrorString(cudaError_t e) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// The driver: maps for the TMA, as ptx.cuh's TensorMap.
+// The driver: maps for the TMA.
 
 static CUresult encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank,
                              void *data, const cuuint64_t *size, const cuuint64_t *pitch,
@@ -448,11 +446,7 @@ static CUresult encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint3
         pitch[0] % 16 || box[0] > 64 || box[1] > 256 || step[0] != 1 || step[1] != 1 ||
         swizzle != CU_TENSOR_MAP_SWIZZLE_128B || !size[0] || !size[1])
         return CUDA_ERROR_INVALID_VALUE;
-    struct {
-        void *data;
-        uint64_t columns, rows, pitch;
-        uint32_t box_columns, box_rows;
-    } m = {data, size[0], size[1], pitch[0], box[0], box[1]};
+    emulate::TensorMap m = {(unsigned char *)data, size[0], size[1], pitch[0], box[0], box[1]};
     memset(map, 0, sizeof *map);
     memcpy(map, &m, sizeof m);
     return CUDA_SUCCESS;

@@ -67,6 +67,13 @@ void later_at_barrier(std::function<void()> work);
 void commit(Queue queue);
 void finish(Queue queue, size_t groups);
 
+// What a CUtensorMap holds here.
+typedef struct {
+    unsigned char *data;
+    uint64_t columns, rows, pitch;  // of a row in bytes
+    uint32_t box_columns, box_rows;
+} TensorMap;
+
 [[noreturn]] void stop(const char *what);  // names the thread, ends the program
 
 // ---------------------------------------------------------------------------------------------

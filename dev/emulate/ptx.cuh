@@ -169,12 +169,7 @@ static inline void barrier_arrive(int id, int threads) { emulate::barrier(id, th
 // ---------------------------------------------------------------------------------------------
 // Copies by the TMA.
 
-// A CUtensorMap as emulate.cc's cuTensorMapEncodeTiled fills it.
-typedef struct {
-    unsigned char *data;
-    uint64_t columns, rows, pitch;  // of a row in bytes
-    uint32_t box_columns, box_rows;
-} TensorMap;
+using emulate::TensorMap;
 
 // Moves a box between memory and swizzled rows of 128 bytes.
 static inline void tma_box(TensorMap map, int row, int column, unsigned char *tile, bool to_tile) {

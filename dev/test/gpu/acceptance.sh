@@ -34,9 +34,10 @@ check() {
 same() {
     for run; do
         cut -d, -f1,14,15 "$run/log.csv" | grep ',0x' | sort >"$run/bits"
-        cat "$run"/ckpt/step_*"$(tail -n 1 "$run/log.csv" | cut -d, -f1)"/*.safetensors | cksum >"$run/sum"
+        cksum "$run"/ckpt/step_*"$(tail -n 1 "$run/log.csv" | cut -d, -f1)"/*.safetensors |
+            cut -d' ' -f1,2 >"$run/sum"
     done
-    [ -s "$2/bits" ] && [ -z "$(comm -13 "$1/bits" "$2/bits")" ] && cmp -s "$1/sum" "$2/sum"
+    [ -s "$2/bits" ] && [ -s "$1/sum" ] && [ -z "$(comm -13 "$1/bits" "$2/bits")" ] && cmp -s "$1/sum" "$2/sum"
 }
 
 fp32() {

@@ -369,6 +369,7 @@ TEST(tuned_plans_have_the_same_bits) {
         matmul_tune_forward(&tuned, n, K, N, memory, bytes, 0);
         matmul_tune_dgrad(&tuned, n, K, N, memory, bytes, 0);
         matmul_tune_wgrad(&tuned, n, K, N, memory, bytes, 0);
+        int planned = tuned.planned;
         for (int i = 0; i < 2; i++) {
             Matmul *by = i ? &tuned : &mm;
             y[i] = gpu_poisoned<floatX>("y", (size_t)n * N);
@@ -381,6 +382,7 @@ TEST(tuned_plans_have_the_same_bits) {
             matmul_wgrad(by, dw[i].device, dY, X, MATMUL_STORE, n, K, N, 0);
         }
         CHECK(same_bits(y[0], y[1]) && same_bits(dx[0], dx[1]) && same_bits(dw[0], dw[1]));
+        CHECK_INT(tuned.planned, planned);  // the products took the plans that were tuned
         gpu_end_case();
     }
     matmul_free(&tuned);
