@@ -16,10 +16,12 @@
 // exponentials and a reciprocal (the special units do 16 a clock and SM, which at 4 TB/s is 3.5 a
 // logit of BF16).
 //
-// A block takes a row: it reads the logits, sums up e^(z-15), and keeps e^(z-15) q (1-q) of each in
-// shared memory; the sum known, it multiplies that by 4 scale / sum. Where shared memory is too
-// small, the row itself keeps it. The target's own gradient, in which much may cancel, is computed
-// apart. In FP32 throughout; kept numbers are rounded to floatX.
+// A block takes a row. All of it is on its way to shared memory at once, by cp.async, which holds no
+// registers; a thread works on what it has copied itself, in CLASSIFIER_PARTS parts, so that it
+// waits for the first part alone. It sums up e^(z-15), and e^(z-15) q (1-q) takes the logit's place
+// there; the sum known, it multiplies that by 4 scale / sum on the way to the row. Where shared
+// memory is too small, the row itself is what is read and keeps it. The target's own gradient, in
+// which much may cancel, is computed apart. In FP32 throughout; kept numbers are rounded to floatX.
 //
 // Moved: 2 Vp of floatX a row. In BF16, V 32768 takes 64 KB of shared memory: three blocks an SM;
 // V 50257 takes 100 KB: two.
@@ -29,12 +31,12 @@
 #include <assert.h>
 #include <limits.h>
 
-#include "llmc/ptx.cuh"   // exp2_fast, reciprocal_fast
+#include "llmc/ptx.cuh"   // cp_async_16, exp2_fast, reciprocal_fast
 #include "llmc/step.cuh"  // StepState
 #include "llmc/vec.cuh"   // VEC, vec_load, vec_store
 
 constexpr int CLASSIFIER_THREADS = 512, CLASSIFIER_STEP = CLASSIFIER_THREADS * VEC;
-constexpr int CLASSIFIER_AHEAD = 2;                             // pieces on their way to a thread
+constexpr int CLASSIFIER_PARTS = 4;                             // of a row
 constexpr int CLASSIFIER_BLOCKS = sizeof(floatX) == 2 ? 3 : 2;  // of an SM, if they find room
 constexpr int LOSS_THREADS = 1024;
 constexpr float LOGIT_CAP = 15;
@@ -75,19 +77,26 @@ static __global__ void __launch_bounds__(CLASSIFIER_THREADS, CLASSIFIER_BLOCKS)
     float q = cap_q(to_float(row[target])), sum = 0;
     if (!SHARED) __syncthreads();  // all have read it before the row is written over
 
-    for (int i = first; i < whole; i += CLASSIFIER_AHEAD * CLASSIFIER_STEP) {
-        float x[CLASSIFIER_AHEAD][VEC];
-#pragma unroll
-        for (int j = 0; j < CLASSIFIER_AHEAD; j++)
-            if (i + j * CLASSIFIER_STEP < whole) vec_load(x[j], row + i + j * CLASSIFIER_STEP);
-#pragma unroll
-        for (int j = 0; j < CLASSIFIER_AHEAD; j++) {
-            if (i + j * CLASSIFIER_STEP >= whole) break;
-#pragma unroll
-            for (int k = 0; k < VEC; k++) classify(&x[j][k], &sum);
-            if (grad_scale > 0) vec_store(keep + i + j * CLASSIFIER_STEP, x[j]);
-        }
+    int part = ceil_div(whole, CLASSIFIER_PARTS * CLASSIFIER_STEP) * CLASSIFIER_STEP;
+    for (int p = 0; SHARED && p < CLASSIFIER_PARTS; p++) {
+        for (int i = p * part + first; i < min((p + 1) * part, whole); i += CLASSIFIER_STEP)
+            cp_async_16(shared_address(keep + i), row + i, true);
+        cp_async_commit();
     }
+    auto pass = [&](int p) {
+        for (int i = p * part + first; i < min((p + 1) * part, whole); i += CLASSIFIER_STEP) {
+            float x[VEC];
+            vec_load(x, keep + i);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) classify(&x[k], &sum);
+            if (grad_scale > 0) vec_store(keep + i, x);
+        }
+    };
+    static_assert(CLASSIFIER_PARTS == 4, "so many groups are waited for");
+    cp_async_wait_group<3>(), pass(0);
+    cp_async_wait_group<2>(), pass(1);
+    cp_async_wait_group<1>(), pass(2);
+    cp_async_wait_group<0>(), pass(3);
     int rest = whole + threadIdx.x;  // the columns after the last whole piece, one a thread
     float x_rest = 0;
     if (rest < V) x_rest = to_float(row[rest]), classify(&x_rest, &sum);
@@ -140,7 +149,7 @@ static inline void classifier(floatX *logits,      // (rows, Vp), a in, da out
     CUDA_CHECK(cudaFuncSetAttribute(classifier_kernel<true>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     auto kernel = bytes <= most ? classifier_kernel<true> : classifier_kernel<false>;
-    int shared = bytes <= most && grad_scale > 0 ? bytes : 0;
+    int shared = bytes <= most ? bytes : 0;
     kernel<<<rows, CLASSIFIER_THREADS, (size_t)shared, stream>>>(logits, losses, targets,
                                                                  grad_scale, V, Vp);
     CUDA_LAUNCHED();

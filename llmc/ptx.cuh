@@ -69,6 +69,16 @@ __device__ __forceinline__ void cp_async_4(unsigned to, const void *from, bool t
                  : "memory");
 }
 
+// The copies that this thread has started since the last commit become a group.
+__device__ __forceinline__ void cp_async_commit(void) {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all but the last N groups of this thread. Others see what has come after a barrier.
+template <int N> __device__ __forceinline__ void cp_async_wait_group(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 // Waits for all copies that this thread started. Others see them after the next barrier.
 __device__ __forceinline__ void cp_async_wait(void) {
     asm volatile("cp.async.wait_all;" ::: "memory");
