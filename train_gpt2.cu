@@ -288,7 +288,7 @@ struct Model {
     StepState *step;                     // what changes from step to step
     double *norm_partial, *tensor_norm;  // (chunks), (tensors): sums of squares
     int *first_chunk;                    // (tensors + 1): where each tensor's chunks begin
-    float *cosine, *sine;                // (T, D/2) each, of rotary
+    float2 *angles;                      // (T, D/2): cos and sin, of rotary
     cudaEvent_t *block_final;            // (table.blocks): a block's gradients are final
     cudaEvent_t norms_done;
     Feed feed;              // two sets of slots, each of one for every micro-step
@@ -395,11 +395,11 @@ static void attend_backward(Model *m, const DeviceBatch *b, int i, int W) {
     else
 #endif
         attention_backward(dq, dk, dv, a->delta, a->dh, l->att, l->lse, q, k, v, b->doc_start,
-                           rotated ? Rotary{l->qk_r, m->cosine, m->sine, T} : Rotary{}, n, H, D, W,
+                           rotated ? Rotary{l->qk_r, m->angles, T} : Rotary{}, n, H, D, W,
                            C, 3 * C, m->stream);
     if (rotated) return;
     trace_op(&m->trace, "qk_norm_rope backward", i, 0, 6 * nC);
-    qk_backward(a->dqkv, l->qkv, l->qk_r, m->cosine, m->sine, n, T, H, D, m->stream);
+    qk_backward(a->dqkv, l->qkv, l->qk_r, m->angles, n, T, H, D, m->stream);
 }
 
 // The first half of layer i, from the stream that enters it to l->att.
@@ -426,7 +426,7 @@ static void layer_attend(Model *m, const DeviceBatch *b, const Phase *phase, int
                             n, H, D, 3 * C, s);
     }
     trace_op(t, "qk_norm_rope", i, 0, 4 * nC);
-    qk_forward(l->qkv, l->qk_r, m->cosine, m->sine, n, b->T, H, D, s);
+    qk_forward(l->qkv, l->qk_r, m->angles, n, b->T, H, D, s);
     trace_op(t, "attention", i, attention_flops(n, b->T, C, W, 2), 4 * nC);
     attend(m, b, l, W);
 }
@@ -965,13 +965,12 @@ static void cudnn_init(Model *m, const Phase *phase) {
 static size_t numbers_layout(Model *m, char *memory) {
     size_t at = 0, tensors = (size_t)m->table.count;
     size_t chunks = m->table.numel / NORM_CHUNK + tensors;  // at most: each tensor's last is short
-    size_t angles = (size_t)m->cfg.T * (size_t)(m->cfg.D / 2) * sizeof(float);
+    size_t angles = (size_t)m->cfg.T * (size_t)(m->cfg.D / 2);
     m->step = (StepState *)place(memory, &at, sizeof *m->step);
     m->norm_partial = (double *)place(memory, &at, chunks * sizeof(double));
     m->tensor_norm = (double *)place(memory, &at, tensors * sizeof(double));
     m->first_chunk = (int *)place(memory, &at, (tensors + 1) * sizeof(int));
-    m->cosine = (float *)place(memory, &at, angles);
-    m->sine = (float *)place(memory, &at, angles);
+    m->angles = (float2 *)place(memory, &at, angles * sizeof(float2));
     return at;
 }
 
@@ -993,12 +992,11 @@ static void norms_init(Model *m) {
 
 static void rotary_init(Model *m) {
     int T = m->cfg.T, D = m->cfg.D;
-    size_t bytes = (size_t)T * (size_t)(D / 2) * sizeof(float);
-    float *cosine = (float *)die_alloc(1, bytes, "rotary angles");
-    float *sine = (float *)die_alloc(1, bytes, "rotary angles");
-    rope_init(cosine, sine, T, D);
-    upload(m->cosine, cosine, bytes), upload(m->sine, sine, bytes);
-    free(cosine), free(sine);
+    size_t count = (size_t)T * (size_t)(D / 2);
+    float2 *angles = (float2 *)die_alloc(count, sizeof *angles, "rotary angles");
+    rope_init(angles, T, D);
+    upload(m->angles, angles, count * sizeof *angles);
+    free(angles);
 }
 
 // Device memory by kind, of a model whose cfg and table are set. The one list of it.

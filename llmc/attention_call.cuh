@@ -29,8 +29,8 @@
 
 // What backward needs to go on through norm and rotation. r NULL: it does not.
 typedef struct {
-    const float *r;              // (n, 2H): the norms' factors, q's heads, then k's
-    const float *cosine, *sine;  // (T, D/2); token t stands at position t % T
+    const float *r;        // (n, 2H): the norms' factors, q's heads, then k's
+    const float2 *angles;  // (T, D/2): cos and sin; token t stands at position t % T
     int T;
 } Rotary;
 

@@ -334,9 +334,11 @@ __device__ __forceinline__ void warp_delta(QueryShared<D, 2> &shared, const Atte
 #pragma unroll
         for (int r = 0; r < LOADS; r++) {
             int row = top + r * ROWS + lane / LANES, i = min(first + row, a.n - 1);
+            const bf16 *from = o + (size_t)(unsigned)i * (unsigned)a.ldo + 8 * chunk;
+            uint4 piece = __ldcg(reinterpret_cast<const uint4 *>(from));  // L1 is for the angles
             float x[8], y[8];
             vec_load(x, shared.held[1].x[chunk / 8][w + row] + 8 * (chunk % 8 ^ row % 8));
-            vec_load(y, o + (size_t)(unsigned)i * (unsigned)a.ldo + 8 * chunk);
+            vec_load(y, reinterpret_cast<const bf16 *>(&piece));
             sum[r] = 0;
 #pragma unroll
             for (int d = 0; d < 8; d++) sum[r] += x[d] * y[d];
@@ -408,10 +410,11 @@ __device__ __forceinline__ void dq_consumer(QueryShared<D, 2> &shared, const Att
         }
         // Beside the last product comes what norm and rotation need; then q makes room for the
         // next work's. Zeros: what only a branch sets, ptxas keeps in registers through the loop.
-        Angles<D> angles = {};
+        Angles<D> angles[2] = {};
         unsigned rotated[D / 16][4] = {};
         if (a.rotary.r) {
-            angles_load(angles, a.rotary, sight.row, a.n, work.head, a.H);
+            angles_load(angles[0], a.rotary, sight.row, a.n, work.head, a.H);
+            angles_load(angles[1], a.rotary, sight.row + 8, a.n, work.head, a.H);
             read_rows(rotated, q, w);
             release(&shared.held_empty);
         }
@@ -419,7 +422,9 @@ __device__ __forceinline__ void dq_consumer(QueryShared<D, 2> &shared, const Att
         pin(out), pin(ds);
         release(&shared.k_empty[before.stage]);
         float factor[2] = {a.scale, a.scale};
-        if (a.rotary.r) rotary_backward<D>(out, factor, rotated, angles);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (a.rotary.r) rotary_backward<D>(out, half, factor[half], rotated, angles[half]);
         store_rows<D>(a.dq + work.head * D, out, factor, shared.out, w, work.row + w, a.n, a.ld);
     }
 }
@@ -610,15 +615,17 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
         if (t0 <= t1) release(&shared.empty[before.stage]);
         skip_queries(shared, ring, max(t0, t1 + 1), work.t1 + 1);
         float one[2] = {1, 1}, scale[2] = {a.scale, a.scale};
-        Angles<D> angles = {};
-        if (a.rotary.r) angles_load(angles, a.rotary, key, a.n, a.H + work.head, a.H);
         barrier_sync(1 + group, WARPGROUP);  // nobody multiplies the warpgroup's k and v any more
         store_rows<D>(a.dv + work.head * D, dv, one, v, w, work.row + w, a.n, a.ld);
-        if (a.rotary.r) {
-            unsigned rotated[D / 16][4];
-            read_rows(rotated, k, w);
-            rotary_backward<D>(dk, scale, rotated, angles);
-        }
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (a.rotary.r && work.row + w + 8 * half < a.n) {
+                unsigned rotated[D / 16][4];
+                Angles<D> angles;
+                read_rows(rotated, k, w);
+                angles_load(angles, a.rotary, key + 8 * half, a.n, a.H + work.head, a.H);
+                rotary_backward<D>(dk, half, scale[half], rotated, angles);
+            }
         store_rows<D>(a.dk + work.head * D, dk, scale, k, w, work.row + w, a.n, a.ld);
         fence_async();
         release(&shared.held_empty[held.stage]);

@@ -7,9 +7,9 @@
 //     dy = r (dout - out mean(dout out)),   dx1 = dy1 cos - dy2 sin,   dx2 = dy2 cos + dy1 sin
 //
 // (RoFormer, Su et al. 2021; half-split.) qkv and dqkv are (n, 3C) with H heads of D in each third,
-// both changed in place; v's third is left alone. r is (n, 2H): q's heads, then k's. cosine and
-// sine are (T, D/2), made in double on the host; token t stands at position t % T. Backward needs
-// forward's output and r. Moved per token, of floatX: forward 4C, backward 6C. (Hopper's attention
+// both changed in place; v's third is left alone. r is (n, 2H): q's heads, then k's. angles are
+// (T, D/2) pairs of cos and sin, made in double on the host; token t stands at position t % T.
+// Backward needs forward's output and r. Moved per token, of floatX: forward 4C, backward 6C. (Hopper's attention
 // does this backward itself: rotary_sm90.cuh.)
 //
 // One warp takes one token, a few heads at a time; a head is the work of `lanes` lanes. A lane
@@ -48,6 +48,21 @@ __device__ __forceinline__ void half_load(float (&x)[HELD], const T *p, HalfPlac
     }
 }
 
+// Likewise cos and sin of this lane's pairs, from a position's angles.
+template <int WIDTH, int HELD>
+__device__ __forceinline__ void half_angles(float (&c)[HELD], float (&s)[HELD],
+                                            const float2 *angles, HalfPlace at) {
+#pragma unroll
+    for (int k = 0; k < HELD; k += WIDTH) {
+        int j = k * at.lanes + at.lane * WIDTH;
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            float2 angle = j < at.half ? angles[j + i] : float2{0, 0};
+            c[k + i] = angle.x, s[k + i] = angle.y;
+        }
+    }
+}
+
 template <int WIDTH, int HELD>
 __device__ __forceinline__ void half_store(floatX *p, const float (&x)[HELD], HalfPlace at,
                                            bool there) {
@@ -77,16 +92,15 @@ constexpr int ROTARY_THREADS = 128;
 // A lane loads its parts of HEADS heads, then computes.
 template <int WIDTH, int HELD, int HEADS>
 static __global__ void __launch_bounds__(ROTARY_THREADS)
-    qk_forward_kernel(floatX *qkv, float *r, const float *cosine, const float *sine, int n, int T,
-                      int H, int D, int lanes) {
+    qk_forward_kernel(floatX *qkv, float *r, const float2 *angles, int n, int T, int H, int D,
+                      int lanes) {
     int t = (blockIdx.x * ROTARY_THREADS + threadIdx.x) / WARP;
     if (t >= n) return;
     HalfPlace at = {(int)threadIdx.x % lanes, lanes, D / 2};
     int own = threadIdx.x % WARP / lanes, step = WARP / lanes;  // heads own, own + step, ...
     floatX *row = qkv + (size_t)t * 3 * H * D;
     float c[HELD], s[HELD];
-    half_load<WIDTH>(c, cosine + (size_t)(t % T) * at.half, at, true);
-    half_load<WIDTH>(s, sine + (size_t)(t % T) * at.half, at, true);
+    half_angles<WIDTH>(c, s, angles + (size_t)(t % T) * at.half, at);
     for (int first = 0; first < 2 * H; first += HEADS * step) {
         float x1[HEADS][HELD], x2[HEADS][HELD];
 #pragma unroll
@@ -118,8 +132,8 @@ static __global__ void __launch_bounds__(ROTARY_THREADS)
 
 template <int WIDTH, int HELD, int HEADS>
 static __global__ void __launch_bounds__(ROTARY_THREADS)
-    qk_backward_kernel(floatX *dqkv, const floatX *qkv, const float *r, const float *cosine,
-                       const float *sine, int n, int T, int H, int D, int lanes) {
+    qk_backward_kernel(floatX *dqkv, const floatX *qkv, const float *r, const float2 *angles, int n,
+                       int T, int H, int D, int lanes) {
     int t = (blockIdx.x * ROTARY_THREADS + threadIdx.x) / WARP;
     if (t >= n) return;
     HalfPlace at = {(int)threadIdx.x % lanes, lanes, D / 2};
@@ -127,8 +141,7 @@ static __global__ void __launch_bounds__(ROTARY_THREADS)
     floatX *drow = dqkv + (size_t)t * 3 * H * D;
     const floatX *row = qkv + (size_t)t * 3 * H * D;
     float c[HELD], s[HELD];
-    half_load<WIDTH>(c, cosine + (size_t)(t % T) * at.half, at, true);
-    half_load<WIDTH>(s, sine + (size_t)(t % T) * at.half, at, true);
+    half_angles<WIDTH>(c, s, angles + (size_t)(t % T) * at.half, at);
     for (int first = 0; first < 2 * H; first += HEADS * step) {
         float d1[HEADS][HELD], d2[HEADS][HELD], y1[HEADS][HELD], y2[HEADS][HELD];
 #pragma unroll
@@ -159,14 +172,12 @@ static __global__ void __launch_bounds__(ROTARY_THREADS)
 }
 
 // On the host: cos and sin of pos * 100000^(-2j/D), computed in double.
-static inline void rope_init(float *cosine,  // (T, D/2)
-                             float *sine,    // (T, D/2)
+static inline void rope_init(float2 *angles,  // (T, D/2)
                              int T, int D) {
     for (int t = 0; t < T; t++)
         for (int j = 0; j < D / 2; j++) {
             double angle = t * pow(100000, -2.0 * j / D);
-            size_t at = (size_t)t * (size_t)(D / 2) + (size_t)j;
-            cosine[at] = (float)cos(angle), sine[at] = (float)sin(angle);
+            *angles++ = {(float)cos(angle), (float)sin(angle)};
         }
 }
 
@@ -186,28 +197,26 @@ static inline int rotary_lanes(int D) {
     return lanes;
 }
 
-static inline void qk_forward(floatX *qkv,          // (n, 3C), in place
-                              float *r,             // (n, 2H), kept for backward
-                              const float *cosine,  // (T, D/2)
-                              const float *sine,    // (T, D/2)
+static inline void qk_forward(floatX *qkv,           // (n, 3C), in place
+                              float *r,              // (n, 2H), kept for backward
+                              const float2 *angles,  // (T, D/2)
                               int n, int T, int H, int D, cudaStream_t stream) {
     int lanes = rotary_lanes(D), blocks = ceil_div(n, ROTARY_THREADS / WARP);
     auto kernel =
         rotary_wide(D) ? qk_forward_kernel<VEC, VEC, 3> : qk_forward_kernel<1, ROTARY_HELD, 1>;
-    kernel<<<blocks, ROTARY_THREADS, 0, stream>>>(qkv, r, cosine, sine, n, T, H, D, lanes);
+    kernel<<<blocks, ROTARY_THREADS, 0, stream>>>(qkv, r, angles, n, T, H, D, lanes);
     CUDA_LAUNCHED();
 }
 
-static inline void qk_backward(floatX *dqkv,         // (n, 3C), in place
-                               const floatX *qkv,    // (n, 3C), forward's output
-                               const float *r,       // (n, 2H)
-                               const float *cosine,  // (T, D/2)
-                               const float *sine,    // (T, D/2)
+static inline void qk_backward(floatX *dqkv,          // (n, 3C), in place
+                               const floatX *qkv,     // (n, 3C), forward's output
+                               const float *r,        // (n, 2H)
+                               const float2 *angles,  // (T, D/2)
                                int n, int T, int H, int D, cudaStream_t stream) {
     int lanes = rotary_lanes(D), blocks = ceil_div(n, ROTARY_THREADS / WARP);
     auto kernel =
         rotary_wide(D) ? qk_backward_kernel<VEC, VEC, 3> : qk_backward_kernel<1, ROTARY_HELD, 1>;
-    kernel<<<blocks, ROTARY_THREADS, 0, stream>>>(dqkv, qkv, r, cosine, sine, n, T, H, D, lanes);
+    kernel<<<blocks, ROTARY_THREADS, 0, stream>>>(dqkv, qkv, r, angles, n, T, H, D, lanes);
     CUDA_LAUNCHED();
 }
 

@@ -163,6 +163,7 @@ static inline size_t __cvta_generic_to_shared(const void *p) {
     return (size_t)((const unsigned char *)p - emulate::shared);
 }
 static inline size_t __cvta_generic_to_global(const void *p) { return (size_t)p; }
+template <class T> static inline T __ldcg(const T *p) { return *p; }
 [[noreturn]] static inline void __trap(void) { emulate::stop("__trap"); }
 #define __expf expf
 static inline float rsqrtf(float x) { return 1 / sqrtf(x); }

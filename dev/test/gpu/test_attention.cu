@@ -30,7 +30,8 @@ typedef struct {
     GpuArray<floatX> o, dqkv;    // (n, ldo), (n, ld)
     GpuArray<float> lse, delta;  // (H, n)
     GpuArray<float> r;           // (n, 2H): any factors of norms; q and k are any numbers, too
-    GpuArray<float> cosine, sine;  // (T, D/2)
+    const float2 *angles;        // (T, D/2)
+    float *cosine, *sine;        // likewise, the CPU's
 } Problem;
 
 static Problem problem(int B, int T, int H, int D, int W, int docs, bool gap) {
@@ -54,10 +55,9 @@ static Problem problem(int B, int T, int H, int D, int W, int docs, bool gap) {
     p.lse = gpu_poisoned<float>("lse", n * (size_t)H);
     p.delta = gpu_poisoned<float>("delta", n * (size_t)H);
     size_t angles = (size_t)T * (size_t)(D / 2);
-    float *cosine = gpu_expected(angles), *sine = gpu_expected(angles);
-    cpu::rope_init(cosine, sine, T, D);
-    p.cosine = gpu_copy<float>("cosine", cosine, angles);
-    p.sine = gpu_copy<float>("sine", sine, angles);
+    p.cosine = gpu_expected(angles), p.sine = gpu_expected(angles);
+    cpu::rope_init(p.cosine, p.sine, T, D);
+    p.angles = gpu_angles(p.cosine, p.sine, angles);
     p.r = gpu_random<float>("r", n * 2 * (size_t)H, 0.5, 2);
     return p;
 }
@@ -80,7 +80,7 @@ static void backward(const Problem *p) { backward_through(p, Rotary{}); }
 
 // As the trainer calls it.
 static void backward_rotated(const Problem *p) {
-    Rotary rotary = {p->r.device, p->cosine.device, p->sine.device, p->T};
+    Rotary rotary = {p->r.device, p->angles, p->T};
     backward_through(p, ATTENTION_ROTATES ? rotary : Rotary{});
 }
 
@@ -141,8 +141,7 @@ static void check_problem(Problem *p, const char *docs) {
         strcat(shape, ", rotated");
         CUDA_CHECK(cudaMemset(p->dqkv.device, 0xff, p->dqkv.count * sizeof(floatX)));
         backward_rotated(p);
-        cpu::qk_backward(dqkv, qkv, p->r.host, p->cosine.host, p->sine.host, p->B, p->T, p->H,
-                         p->D);
+        cpu::qk_backward(dqkv, qkv, p->r.host, p->cosine, p->sine, p->B, p->T, p->H, p->D);
         check_gradients(p, dqkv, shape);
     }
     gpu_end_case();

@@ -149,6 +149,13 @@ static inline GpuArray<T> gpu_random(const char *name, size_t count, double low,
     return x;
 }
 
+// Rotary's table of pairs on the device, from the CPU's two.
+static inline const float2 *gpu_angles(const float *cosine, const float *sine, size_t count) {
+    float *pairs = gpu_expected(2 * count);
+    for (size_t i = 0; i < count; i++) pairs[2 * i] = cosine[i], pairs[2 * i + 1] = sine[i];
+    return (const float2 *)gpu_copy<float>("angles", pairs, 2 * count).device;
+}
+
 // Given ints on the device.
 static inline int *gpu_ints(const char *name, const int *values, size_t count) {
     int *device = (int *)gpu_bytes(name, count * sizeof(int));

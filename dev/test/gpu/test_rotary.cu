@@ -9,11 +9,18 @@ static const struct {
 } all_heads[] = {{1, 64}, {6, 128}, {12, 128}, {12, 64}, {5, 128}, {3, 32},  {3, 16},  {24, 2},
                  {4, 8},  {8, 6},   {2, 48},   {1, 96},  {2, 100}, {1, 256}, {1, 512}, {1, 1024}};
 
-static void init_angles(GpuArray<float> *cosine, GpuArray<float> *sine, int T, int D) {
-    size_t count = (size_t)T * (D / 2);
-    float *c = gpu_expected(count), *s = gpu_expected(count);
-    rope_init(c, s, T, D);
-    *cosine = gpu_copy<float>("cosine", c, count), *sine = gpu_copy<float>("sine", s, count);
+// Both programs' tables of (T, D/2).
+typedef struct {
+    float *cosine, *sine;   // the CPU's
+    const float2 *angles;  // on the device
+} Tables;
+
+static Tables tables(int T, int D) {
+    size_t count = (size_t)T * (size_t)(D / 2);
+    Tables t = {gpu_expected(count), gpu_expected(count), NULL};
+    cpu::rope_init(t.cosine, t.sine, T, D);
+    t.angles = gpu_angles(t.cosine, t.sine, count);
+    return t;
 }
 
 // Of rows of 3C, the last third is not touched.
@@ -28,16 +35,15 @@ static void check_v_untouched(const float *found, const float *before, int n, in
 static void check(int n, int T, int H, int D) {
     int C = H * D, B = n < T ? 1 : n / T, length = n < T ? n : T;
     size_t count = (size_t)n * 3 * C;
-    GpuArray<float> cosine, sine;
-    init_angles(&cosine, &sine, T, D);
+    Tables tab = tables(T, D);
     GpuArray<floatX> qkv = gpu_normal<floatX>("qkv", count, 2);
     GpuArray<floatX> dqkv = gpu_normal<floatX>("dqkv", count, 1);
     GpuArray<float> r = gpu_poisoned<float>("r", (size_t)n * 2 * H);
     float *before = gpu_expected(count), *y = gpu_expected(count);
     float *r_expected = gpu_expected((size_t)n * 2 * H);
     memcpy(before, qkv.host, count * sizeof *before), memcpy(y, before, count * sizeof *y);
-    cpu::qk_forward(y, r_expected, cosine.host, sine.host, B, length, H, D);
-    qk_forward(qkv.device, r.device, cosine.device, sine.device, n, T, H, D, 0);
+    cpu::qk_forward(y, r_expected, tab.cosine, tab.sine, B, length, H, D);
+    qk_forward(qkv.device, r.device, tab.angles, n, T, H, D, 0);
     gpu_compare(qkv, y, n, 3 * C, "n %d, T %d, H %d, D %d", n, T, H, D);
     gpu_compare(r, r_expected, n, 2 * H, "n %d, T %d, H %d, D %d", n, T, H, D);
     check_v_untouched(qkv.host, before, n, C);
@@ -45,8 +51,8 @@ static void check(int n, int T, int H, int D) {
     // What forward left is what backward is given on both sides: qkv.host and r.host.
     float *d = gpu_expected(count);
     memcpy(before, dqkv.host, count * sizeof *before), memcpy(d, before, count * sizeof *d);
-    cpu::qk_backward(d, qkv.host, r.host, cosine.host, sine.host, B, length, H, D);
-    qk_backward(dqkv.device, qkv.device, r.device, cosine.device, sine.device, n, T, H, D, 0);
+    cpu::qk_backward(d, qkv.host, r.host, tab.cosine, tab.sine, B, length, H, D);
+    qk_backward(dqkv.device, qkv.device, r.device, tab.angles, n, T, H, D, 0);
     gpu_compare(dqkv, d, n, 3 * C, "n %d, T %d, H %d, D %d", n, T, H, D);
     check_v_untouched(dqkv.host, before, n, C);
     gpu_end_case();
@@ -71,12 +77,13 @@ TEST(rows) {
 
 TEST(angles) {
     int T = 200, D = 64;
-    size_t count = (size_t)T * (D / 2), bytes = count * sizeof(float);
-    float *a[4];
-    for (float *&x : a) x = gpu_expected(count);
-    rope_init(a[0], a[1], T, D);
-    cpu::rope_init(a[2], a[3], T, D);
-    CHECK(!memcmp(a[0], a[2], bytes) && !memcmp(a[1], a[3], bytes));
+    size_t count = (size_t)T * (D / 2), wrong = 0;
+    float2 *angles = (float2 *)gpu_expected(2 * count);
+    Tables tab = tables(T, D);
+    rope_init(angles, T, D);
+    for (size_t i = 0; i < count; i++)
+        wrong += angles[i].x != tab.cosine[i] || angles[i].y != tab.sine[i];
+    CHECK_INT(wrong, 0);
     gpu_end_case();
 }
 
@@ -87,23 +94,22 @@ TEST(beyond_2_31_elements) {
     if (!gpu_has_room(2 * m.count * sizeof(floatX))) SKIP("too little GPU memory");
     floatX *qkv = filled_array<floatX>(m.count), *dqkv = filled_array<floatX>(m.count);
     float *r = filled_array<float>((size_t)m.rows * 2 * H);
-    GpuArray<float> cosine, sine;
-    init_angles(&cosine, &sine, T, D);
+    Tables tab = tables(T, D);
     GpuArray<floatX> y[WINDOWS], d[WINDOWS];
     for (int i = 0; i < WINDOWS; i++) {
         y[i] = large_window("qkv", qkv, &m, i, m.cols);
         d[i] = large_window("dqkv", dqkv, &m, i, m.cols);
         CHECK(m.window[i] % T + WINDOW_ROWS <= T);
     }
-    qk_forward(qkv, r, cosine.device, sine.device, m.rows, T, H, D, 0);
-    qk_backward(dqkv, qkv, r, cosine.device, sine.device, m.rows, T, H, D, 0);
+    qk_forward(qkv, r, tab.angles, m.rows, T, H, D, 0);
+    qk_backward(dqkv, qkv, r, tab.angles, m.rows, T, H, D, 0);
     for (int i = 0; i < WINDOWS; i++) {
         GpuArray<floatX> out = large_window("qkv", qkv, &m, i, m.cols),
                          d_out = large_window("dqkv", dqkv, &m, i, m.cols);
         GpuArray<float> of_r = large_window("r", r, &m, i, 2 * H);
         float *r_expected = gpu_expected(of_r.count);
         size_t angle = (size_t)(m.window[i] % T) * (D / 2);
-        const float *c = cosine.host + angle, *s = sine.host + angle;
+        const float *c = tab.cosine + angle, *s = tab.sine + angle;
         cpu::qk_forward(y[i].host, r_expected, c, s, 1, WINDOW_ROWS, H, D);
         gpu_compare(out, y[i].host, WINDOW_ROWS, m.cols, "rows from %d", m.window[i]);
         gpu_compare(of_r, r_expected, WINDOW_ROWS, 2 * H, "rows from %d", m.window[i]);
@@ -118,11 +124,9 @@ static void lines(int n, int C) {
     floatX *qkv = filled_array<floatX>((size_t)n * 3 * C);
     floatX *dqkv = filled_array<floatX>((size_t)n * 3 * C);
     float *r = filled_array<float>((size_t)n * 2 * H);
-    GpuArray<float> cosine, sine;
-    init_angles(&cosine, &sine, T, D);
-    float *c = cosine.device, *s = sine.device;
-    bench("qk_forward", n, C, 4, [=] { qk_forward(qkv, r, c, s, n, T, H, D, 0); });
-    bench("qk_backward", n, C, 6, [=] { qk_backward(dqkv, qkv, r, c, s, n, T, H, D, 0); });
+    const float2 *angles = tables(T, D).angles;
+    bench("qk_forward", n, C, 4, [=] { qk_forward(qkv, r, angles, n, T, H, D, 0); });
+    bench("qk_backward", n, C, 6, [=] { qk_backward(dqkv, qkv, r, angles, n, T, H, D, 0); });
 }
 
 int main(int argc, char **argv) {
