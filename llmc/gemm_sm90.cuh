@@ -85,8 +85,6 @@ typedef enum {
 
 template <GemmKind E> constexpr bool gemm_reads = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ADD;
 template <GemmKind E> constexpr bool gemm_symmetric = E >= GEMM_SQUARE;
-// Blocks of a cluster, whose tiles lie one below the other.
-template <GemmKind E> constexpr int gemm_cluster = gemm_symmetric<E> ? 1 : 2;
 template <GemmKind E> constexpr bool gemm_a_across = E == GEMM_SQUARE_ACROSS;
 template <GemmKind E>
 constexpr bool gemm_b_across = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ACROSS;
@@ -97,7 +95,7 @@ typedef struct {
     bf16 b[GEMM_STAGES][GEMM_COLUMNS][BOX];
     bf16 out[GEMM_GROUPS][2][GEMM_WARPS][GEMM_WARP_ROWS][BOX];  // results on their way
     uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
-    uint64_t empty[GEMM_STAGES];  // every warp of the cluster that multiplies has read its own
+    uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
     uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
 } GemmShared;
 
@@ -113,8 +111,8 @@ typedef struct {
     CUtensorMap in;        // (M, columns), (128, 64): y of backward, or c
     CUtensorMap out;       // (M, columns), (16, 64)
     CUtensorMap mirror;    // out in boxes of (64, 64)
-    int tiles;             // in all, of a block or a cluster
-    int tiles_m, tiles_n;  // of a matrix, (128, 256) each; of a cluster: below one another as one
+    int tiles;             // in all
+    int tiles_m, tiles_n;  // of a matrix, (128, 256) each
     int side;              // M of a symmetric matrix
     int sum;
     float alpha, beta;
@@ -128,13 +126,6 @@ typedef struct {
     int matrix;  // of the batch
 } GemmTile;
 
-// This block's number in its cluster.
-template <GemmKind E> __device__ __forceinline__ int gemm_rank(void) {
-    return gemm_cluster<E> > 1 ? (int)cluster_rank() : 0;
-}
-
-// The tile t of this block, or of its cluster's.
-//
 // Tiles are made in bands, down each column of a band: those that are in work at once share rows of
 // A and of B, which L2 then has. Of a symmetric matrix: down each column, from the diagonal on.
 template <GemmKind E> __device__ __forceinline__ GemmTile gemm_tile(const GemmCall &call, int t) {
@@ -144,11 +135,10 @@ template <GemmKind E> __device__ __forceinline__ GemmTile gemm_tile(const GemmCa
         for (; m >= call.tiles_m - 2 * n; n++) m -= call.tiles_m - 2 * n;
         return {(2 * n + m) * GEMM_ROWS, n * GEMM_COLUMNS, t / of_matrix};
     }
-    constexpr int BLOCKS = gemm_cluster<E>, BAND = GEMM_BAND / BLOCKS;
-    int in_band = BAND * call.tiles_n, top = t / in_band * BAND;
-    int height = min(BAND, call.tiles_m - top);
+    int in_band = GEMM_BAND * call.tiles_n, top = t / in_band * GEMM_BAND;
+    int height = min(GEMM_BAND, call.tiles_m - top);
     int m = top + t % in_band % height, n = t % in_band / height;
-    return {(BLOCKS * m + gemm_rank<E>()) * GEMM_ROWS, n * GEMM_COLUMNS, 0};
+    return {m * GEMM_ROWS, n * GEMM_COLUMNS, 0};
 }
 
 // Whether of this tile only the left half is needed: it, A times its own transpose.
@@ -160,24 +150,18 @@ template <GemmKind E> __device__ __forceinline__ bool gemm_on_diagonal(GemmTile 
 // The producer.
 
 // Numbers k .. of the sum of `rows` rows of a factor, from `first` on; across: they are columns.
-// BLOCKS: to so many, all of the cluster.
-template <bool ACROSS, int BLOCKS = 1>
+template <bool ACROSS>
 __device__ __forceinline__ void gemm_load(bf16 (*to)[BOX], const CUtensorMap *map, int first,
                                           int rows, int k, uint64_t *full) {
-    for (int i = 0; i < (ACROSS ? rows : 1); i += BOX) {
-        int row = ACROSS ? k : first, column = ACROSS ? first + i : k;
-        if (BLOCKS == 1) tma_load(to + i, map, row, column, full);
-        if (BLOCKS > 1) tma_load_to((1 << BLOCKS) - 1, to + i, map, row, column, full);
-    }
+    if (!ACROSS) tma_load(to, map, first, k, full);
+    for (int i = 0; ACROSS && i < rows; i += BOX) tma_load(to + i, map, k, first + i, full);
 }
 
 template <GemmKind E>
 __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call) {
     constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
-    constexpr int BLOCKS = gemm_cluster<E>, SHARE = GEMM_COLUMNS / BLOCKS;  // of B, for all blocks
-    int mine = gemm_rank<E>() * SHARE;
     Ring at = {0, 0};
-    for (int t = blockIdx.x / BLOCKS; t < call.tiles; t += gridDim.x / BLOCKS) {
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x) {
         GemmTile tile = gemm_tile<E>(call, t);
         bool diagonal = gemm_on_diagonal<E>(tile);
         int top = tile.matrix * call.side;        // of this matrix in what lies below one another
@@ -189,9 +173,9 @@ __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call
             gemm_load<A_ACROSS>(s->a[at.stage], &call.a, A_ACROSS ? tile.row : top + tile.row,
                                 GEMM_ROWS, A_ACROSS ? top_across + k : k, full);
             if (!diagonal)
-                gemm_load<B_ACROSS, BLOCKS>(s->b[at.stage] + mine, &call.b,
-                                            (B_ACROSS ? 0 : top) + tile.column + mine, SHARE,
-                                            B_ACROSS ? top_across + k : k, full);
+                gemm_load<B_ACROSS>(s->b[at.stage], &call.b,
+                                    B_ACROSS ? tile.column : top + tile.column, GEMM_COLUMNS,
+                                    B_ACROSS ? top_across + k : k, full);
         }
         for (int c = 0; gemm_reads<E> && c < 4; c += 2, ring_next<GEMM_STAGES>(at)) {
             uint64_t *full = &s->full[at.stage];
@@ -250,9 +234,7 @@ __device__ __forceinline__ void gemm_round(unsigned (&out)[16][4], const float (
 #pragma unroll
         for (int i = 0; i < 4; i++)
             out[c][i] = gemm_finish<E>(call, d[8 * c + 2 * i], d[8 * c + 2 * i + 1], x[i]);
-        if (!gemm_reads<E> || c % 8 != 7) continue;
-        release<gemm_cluster<E>>(&s->empty[at.stage]);
-        ring_next<GEMM_STAGES>(at);
+        if (gemm_reads<E> && c % 8 == 7) release(&s->empty[at.stage]), ring_next<GEMM_STAGES>(at);
     }
 }
 
@@ -330,12 +312,12 @@ __device__ __forceinline__ void gemm_multiply(float (&d)[COLUMNS / 2], GemmShare
             wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the step before has been read; this one goes on
-        if (k > 0) release<gemm_cluster<E>>(&s->empty[before]);
+        if (k > 0) release(&s->empty[before]);
         before = at.stage;
     }
     wgmma_wait<0>();
     pin(d);
-    release<gemm_cluster<E>>(&s->empty[before]);
+    release(&s->empty[before]);
 }
 
 template <GemmKind E>
@@ -343,9 +325,8 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
     int turn = group ^ 1;  // parity: the first turn is group 0's
     int warp = threadIdx.x % WARPGROUP / WARP;
     int row = group * GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile, this warp's first
-    constexpr int BLOCKS = gemm_cluster<E>;
     Ring at = {0, 0};
-    for (int t = blockIdx.x / BLOCKS; t < call.tiles; t += gridDim.x / BLOCKS, turn ^= 1) {
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
         GemmTile tile = gemm_tile<E>(call, t);
         // divided for here, not when it is this group's turn
         pin(tile.row), pin(tile.column), pin(tile.matrix);
@@ -371,13 +352,11 @@ static __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ GemmCall call) {
     extern __shared__ __align__(1024) unsigned char memory[];
     GemmShared *s = (GemmShared *)memory;
-    constexpr int BLOCKS = gemm_cluster<E>;
     int group = threadIdx.x / WARPGROUP;
     for (int i = 0; threadIdx.x == 0 && i < GEMM_GROUPS; i++)
         mbarrier_init(&s->turn[i], GEMM_WARPS);
-    ring_init(s->full, s->empty, GEMM_STAGES, 1, BLOCKS * GEMM_GROUPS * GEMM_WARPS);
-    if (BLOCKS == 1) __syncthreads();
-    if (BLOCKS > 1) cluster_sync();
+    ring_init(s->full, s->empty, GEMM_STAGES, 1, GEMM_GROUPS * GEMM_WARPS);
+    __syncthreads();
     if (group == GEMM_GROUPS) {
         registers_give<40>();
         if (threadIdx.x % WARPGROUP == 0) gemm_produce<E>(s, call);
@@ -385,7 +364,6 @@ static __global__ void __launch_bounds__(GEMM_THREADS, 1)
         registers_take<232>();
         gemm_consume<E>(s, call, group);
     }
-    if (BLOCKS > 1) cluster_sync();  // nobody arrives any more at barriers of a block that ends
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -443,16 +421,9 @@ static inline void gemm_map(const GemmSm90 *g, CUtensorMap *map, const bf16 *p, 
 
 template <GemmKind E>
 static inline void gemm_launch(const GemmSm90 *g, const GemmCall *call, cudaStream_t stream) {
-    constexpr int BLOCKS = gemm_cluster<E>;
-    int clusters = g->processors / BLOCKS;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {BLOCKS, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = (unsigned)(BLOCKS * (call->tiles < clusters ? call->tiles : clusters));
-    config.blockDim = GEMM_THREADS, config.dynamicSmemBytes = sizeof(GemmShared);
-    config.stream = stream, config.attrs = &cluster, config.numAttrs = 1;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, gemm_kernel<E>, *call));
+    int blocks = call->tiles < g->processors ? call->tiles : g->processors;
+    gemm_kernel<E><<<blocks, GEMM_THREADS, sizeof(GemmShared), stream>>>(*call);
+    CUDA_LAUNCHED();
 }
 
 // out (M, N) = what ReLU^2 makes of a (M, K) b; in (M, N): backward's y, else NULL.
@@ -460,14 +431,13 @@ template <GemmKind E>
 static inline void gemm_relu2(const GemmSm90 *g, bf16 *out, const bf16 *a, const bf16 *b,
                               const bf16 *in, int M, int N, int K, cudaStream_t stream) {
     GemmCall call = {};
-    constexpr int BLOCKS = gemm_cluster<E>;
     bool across = gemm_b_across<E>;
     assert(M > 0 && gemm_sm90_fits(N, K));
     gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
-    gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? BOX : GEMM_COLUMNS / BLOCKS);
+    gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? BOX : GEMM_COLUMNS);
     gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
     if (in) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
-    call.tiles_m = ceil_div(M, BLOCKS * GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
+    call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
     call.tiles = call.tiles_m * call.tiles_n;
     call.sum = K;
     gemm_launch<E>(g, &call, stream);

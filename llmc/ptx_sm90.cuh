@@ -1,6 +1,6 @@
 // ptx_sm90.cuh: Hopper's own instructions (sm_90a), each in a function of its own: barriers that
-// count bytes, copies of whole tiles by the TMA, to one SM or several, products by a warpgroup. They
-// exist in code for sm_90a only: a kernel asks PTX_SM90 before it uses them.
+// count bytes, copies of whole tiles by the TMA, products by a warpgroup. They exist in code for
+// sm_90a only: a kernel asks PTX_SM90 before it uses them.
 //
 // TILES. A copy moves a box of some rows of 64 BF16 numbers between a matrix in global memory,
 // which a CUtensorMap describes, and shared memory. There a row takes 128 bytes, and its chunk c of
@@ -88,31 +88,6 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Clusters: blocks that run at the same time on neighbouring SMs, and reach one another's shared
-// memory. All of them have it laid out alike.
-
-// The block's number in its cluster.
-__device__ __forceinline__ unsigned cluster_rank(void) {
-    unsigned rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// All threads of the cluster meet; what each has written to shared memory, all see.
-__device__ __forceinline__ void cluster_sync(void) {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Arrives at block `rank`'s barrier, which lies there where `barrier` lies here.
-__device__ __forceinline__ void mbarrier_arrive_at(uint64_t *barrier, unsigned rank) {
-    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(
-                     shared_address(barrier)),
-                 "r"(rank)
-                 : "memory");
-}
-
-// ---------------------------------------------------------------------------------------------
 // Copies, and registers.
 
 // Starts the copy of the box that begins at (row, column); its bytes arrive at the barrier.
@@ -121,16 +96,6 @@ __device__ __forceinline__ void tma_load(void *to, const CUtensorMap *map, int r
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-// The same, to the same place of each block of the cluster whose bit `blocks` has, and its barrier.
-__device__ __forceinline__ void tma_load_to(unsigned blocks, void *to, const CUtensorMap *map,
-                                            int row, int column, uint64_t *barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)),
-                 "h"((uint16_t)blocks)
                  : "memory");
 }
 

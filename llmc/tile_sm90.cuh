@@ -48,11 +48,10 @@ template <int STAGES> __device__ __forceinline__ void ring_next(Ring &ring) {
     if (++ring.stage == STAGES) ring.stage = 0, ring.parity ^= 1;
 }
 
-// A warp arrives: what it wrote, or read, is done with. BLOCKS: of a cluster, each of which hears.
-template <int BLOCKS = 1> __device__ __forceinline__ void release(uint64_t *barrier) {
+// A warp arrives: what it wrote, or read, is done with.
+__device__ __forceinline__ void release(uint64_t *barrier) {
     __syncwarp();
-    if (BLOCKS == 1 && lane_id() == 0) mbarrier_arrive(barrier);
-    if (BLOCKS > 1 && lane_id() < BLOCKS) mbarrier_arrive_at(barrier, (unsigned)lane_id());
+    if (lane_id() == 0) mbarrier_arrive(barrier);
 }
 
 // Starts the copy of rows row .. of columns column .. of a matrix. One thread calls it.

@@ -28,12 +28,11 @@ asm(".globl threadIdx\n.set threadIdx, emulate_thread\n"
 
 namespace emulate {
 
-alignas(1024) static unsigned char shared_memory[CLUSTER_BLOCKS][SHARED_BYTES];
-unsigned char *shared = shared_memory[0];
+alignas(1024) unsigned char shared[SHARED_BYTES];
 
 // ---------------------------------------------------------------------------------------------
-// Fibers: the threads of a block, or of a cluster's blocks. A fiber lives as long as the program and
-// runs one thread of each after the other.
+// Fibers: the threads of a block. A fiber lives as long as the program and runs one thread of each
+// block after the other.
 
 enum { THREADS = 1024, BARRIERS = 16, STACK_BYTES = 256 << 10 };
 
@@ -65,13 +64,12 @@ typedef struct {
 
 static Fiber fiber[THREADS];
 static Meeting meeting[THREADS];
-static Barrier barriers[CLUSTER_BLOCKS][BARRIERS], cluster_meets;
+static Barrier barriers[BARRIERS];
 static std::deque<std::function<void()>> copies;  // that arrive at a barrier
 static const std::function<void()> *thread_body;
 static const char *kernel_name;
 static jmp_buf scheduler;
-static uint3 first_block;  // of those that run
-static int running = -1, block_threads, threads, alive[CLUSTER_BLOCKS];
+static int running = -1, block_threads, alive;
 static bool early, backward;
 
 static void say(const char *what) {
@@ -88,23 +86,15 @@ void stop(const char *what) {
     _exit(1);
 }
 
-static int block_of(int i) { return i / block_threads; }
-unsigned cluster_rank(void) { return (unsigned)block_of(running); }
-unsigned char *shared_of(unsigned rank, void *mine) {
-    if ((int)rank >= threads / block_threads || !alive[rank])
-        stop("shared memory of a block that is not there any more, or never was");
-    return shared_memory[rank] + ((unsigned char *)mine - shared);
-}
-
-static void turn_if_full(Barrier *b, int all) {
-    unsigned wanted = b->wanted ? b->wanted : (unsigned)all;
+static void turn_if_full(Barrier *b) {
+    unsigned wanted = b->wanted ? b->wanted : (unsigned)alive;
     if (!b->arrived || b->arrived < wanted) return;
     b->arrived = 0, b->turn++;
 }
 
 static unsigned lanes_alive(int w) {
     unsigned mask = 0;
-    for (int i = 0; i < 32 && 32 * w + i < threads; i++)
+    for (int i = 0; i < 32 && 32 * w + i < block_threads; i++)
         if (!fiber[32 * w + i].done) mask |= 1u << i;
     return mask;
 }
@@ -118,11 +108,8 @@ static void meet_if_all(Meeting *m, int w) {
 static void thread_ends(int i) {
     for (int q = 0; q < QUEUES; q++) commit((Queue)q), finish((Queue)q, 0);
     fiber[i].done = true;
-    int block = block_of(i), all = 0;
-    alive[block]--;
-    for (int left : alive) all += left;
-    turn_if_full(&barriers[block][0], alive[block]);
-    turn_if_full(&cluster_meets, all);
+    alive--;
+    turn_if_full(&barriers[0]);
     for (int k = i / 32 * 32; k < i / 32 * 32 + 32; k++) meet_if_all(&meeting[k], i / 32);
 }
 
@@ -152,8 +139,6 @@ static void fiber_begin(int i) {
 static void fiber_resume(int i) {
     running = i;
     emulate_thread = fiber[i].index;
-    emulate_block = first_block, emulate_block.x += cluster_rank();
-    shared = shared_memory[cluster_rank()];
     if (!_setjmp(scheduler)) {
         if (fiber[i].begun)
             _longjmp(fiber[i].at, 1);
@@ -173,23 +158,13 @@ void wait(Waits *waits, const void *what, uint64_t x) {
 static bool same_turn(const void *turn, uint64_t x) { return *(const unsigned *)turn == x; }
 
 void barrier(int id, int threads, bool waits) {
-    int block = block_of(running);
-    Barrier *b = &barriers[block][id];
+    Barrier *b = &barriers[id];
     unsigned turn = b->turn;
     if (b->arrived && b->wanted != (unsigned)threads)
         stop("a barrier at which different numbers of threads are expected");
     b->wanted = (unsigned)threads, b->arrived++;
-    turn_if_full(b, alive[block]);
+    turn_if_full(b);
     if (waits) wait(same_turn, &b->turn, turn);
-}
-
-void cluster_barrier(void) {
-    unsigned turn = cluster_meets.turn;
-    int all = 0;
-    for (int left : alive) all += left;
-    cluster_meets.arrived++;
-    turn_if_full(&cluster_meets, all);
-    wait(same_turn, &cluster_meets.turn, turn);
 }
 
 const unsigned char *exchange(unsigned mask, const void *mine, size_t bytes) {
@@ -232,13 +207,11 @@ void later_at_barrier(std::function<void()> work) {
     copies.push_back(work);
 }
 
-// One turn for each thread that can go on, of one block: a cluster's next has its turns when that
-// is as far as it gets. Returns how many could.
+// One turn for each thread that can go on. Returns how many could.
 static int turns(void) {
     int went = 0;
-    for (int k = 0; k < threads; k++) {
-        if (went && k % block_threads == 0) return went;
-        int i = backward ? threads - 1 - k : k;
+    for (int k = 0; k < block_threads; k++) {
+        int i = backward ? block_threads - 1 - k : k;
         Fiber *f = &fiber[i];
         if (f->done || (f->waits && f->waits(f->what, f->x))) continue;
         f->waits = NULL;
@@ -248,25 +221,21 @@ static int turns(void) {
     return went;
 }
 
-static void run_blocks(unsigned blocks, size_t shared_bytes) {
-    threads = (int)blocks * block_threads;
-    memset(barriers, 0, sizeof barriers), memset(&cluster_meets, 0, sizeof cluster_meets);
-    memset(alive, 0, sizeof alive);
-    for (unsigned b = 0; b < blocks; b++)
-        alive[b] = block_threads, memset(shared_memory[b], 0xff, shared_bytes);
-    for (int i = 0; i < threads; i++) {
-        unsigned t = (unsigned)(i % block_threads);
-        unsigned x = t % emulate_block_dim.x, yz = t / emulate_block_dim.x;
-        meeting[i].arrived = meeting[i].turn = 0;
+static void run_block(size_t shared_bytes) {
+    memset(shared, 0xff, shared_bytes);
+    memset(barriers, 0, sizeof barriers);
+    for (int i = 0; i < block_threads; i++) meeting[i].arrived = meeting[i].turn = 0;
+    alive = block_threads;
+    for (int i = 0; i < block_threads; i++) {
+        unsigned x = (unsigned)i % emulate_block_dim.x, yz = (unsigned)i / emulate_block_dim.x;
         fiber[i].index = {x, yz % emulate_block_dim.y, yz / emulate_block_dim.y};
         fiber[i].done = false, fiber[i].waits = NULL;
     }
-    while (alive[0] || alive[1]) {
+    while (alive) {
         if (turns()) continue;
         if (copies.empty()) {
             for (running = 0; fiber[running].done;) running++;
             emulate_thread = fiber[running].index;
-            emulate_block = first_block, emulate_block.x += cluster_rank();
             stop("all threads of a block wait for one another");
         }
         copies.front()();
@@ -275,21 +244,19 @@ static void run_blocks(unsigned blocks, size_t shared_bytes) {
     if (!copies.empty()) stop("a block has ended before its copies came");
 }
 
-void run_grid(const char *name, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+void run_grid(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
               const std::function<void()> &thread) {
     kernel_name = name, thread_body = &thread;
     block_threads = (int)(block.x * block.y * block.z);
-    bool clusters = cluster <= CLUSTER_BLOCKS && !(block_threads % 32);  // as emulated here
-    if (!block_threads || (int)cluster * block_threads > THREADS || (cluster > 1 && !clusters) ||
-        !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 ||
-        shared_bytes > SHARED_BYTES || grid.x % cluster)
+    if (!block_threads || block_threads > THREADS || !grid.x || !grid.y || !grid.z ||
+        grid.y > 65535 || grid.z > 65535 || shared_bytes > SHARED_BYTES)
         stop("a launch that no GPU can do");
     emulate_block_dim = block, emulate_grid_dim = grid;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x += cluster) {
-                first_block = {x, y, z};
-                run_blocks(cluster, shared_bytes);
+            for (unsigned x = 0; x < grid.x; x++) {
+                emulate_block = {x, y, z};
+                run_block(shared_bytes);
             }
 }
 

@@ -1,10 +1,8 @@
 // emulate.h: a GPU made of one CPU thread: it runs the project's CUDA kernels, unchanged, where
 // there is no GPU. Every thread of a block is a fiber with a stack of its own; they run one after
-// the other, each until it has to wait for others. Blocks run one after the other, those of a
-// cluster together.
+// the other, each until it has to wait for others. Blocks run one after the other.
 //
-//     translate.sed   kernel<<<grid, block, bytes, stream>>>(...) becomes emulate::launch(...)(...),
-//                     cudaLaunchKernelEx emulate::launch_ex
+//     translate.sed   kernel<<<grid, block, bytes, stream>>>(...) becomes emulate::launch(...)(...)
 //     emulate.h       what a kernel sees of C++: threadIdx, __syncthreads, __shfl_sync, ...
 //     ptx.cuh         in place of llmc/ptx.cuh and llmc/ptx_sm90.cuh: each instruction in plain C
 //     emulate.cc      fibers, barriers, launches; CUDA's runtime; the products of cuBLASLt
@@ -20,8 +18,7 @@
 // kernel, block and thread and ends the program. Device memory begins as NaN, as does a block's
 // dynamic shared memory.
 //
-// Leaves out: time, fences (memory is always consistent), atomics but those of ladders; of clusters
-// all but barriers and copies.
+// Leaves out: time, clusters, fences (memory is always consistent), atomics but those of ladders.
 #ifndef DEV_EMULATE_H
 #define DEV_EMULATE_H
 
@@ -46,11 +43,7 @@ extern "C" const dim3 blockDim, gridDim;
 namespace emulate {
 
 constexpr size_t SHARED_BYTES = 227 << 10;  // of a block, at most
-constexpr unsigned CLUSTER_BLOCKS = 2;      // of a cluster, at most
-extern unsigned char *shared;               // the block's that runs
-unsigned char *shared_of(unsigned rank, void *mine);  // where that is in a block of the cluster
-unsigned cluster_rank(void);
-void cluster_barrier(void);  // all threads of the cluster that still run meet
+alignas(1024) extern unsigned char shared[SHARED_BYTES];
 
 // ---------------------------------------------------------------------------------------------
 // Waiting.
@@ -87,7 +80,7 @@ typedef struct {
 // Launches.
 
 void enqueue(cudaStream_t stream, std::function<void()> work);
-void run_grid(const char *name, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+void run_grid(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
               const std::function<void()> &thread);
 
 template <class... P> struct Launch {
@@ -96,12 +89,11 @@ template <class... P> struct Launch {
     dim3 grid, block;
     size_t shared_bytes;
     cudaStream_t stream;
-    unsigned cluster = 1;
     void operator()(P... arguments) {
         auto kept = std::make_tuple(arguments...);
         Launch l = *this;
         enqueue(stream, [l, kept] {
-            run_grid(l.name, l.grid, l.block, l.cluster, l.shared_bytes,
+            run_grid(l.name, l.grid, l.block, l.shared_bytes,
                      [&l, &kept] { std::apply(l.kernel, kept); });
         });
     }
@@ -111,18 +103,6 @@ template <class... P>
 Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block,
                     size_t shared_bytes = 0, cudaStream_t stream = 0) {
     return {name, kernel, grid, block, shared_bytes, stream};
-}
-
-// cudaLaunchKernelEx.
-template <class... P, class... A>
-cudaError_t launch_ex(const char *name, const cudaLaunchConfig_t *c, void (*kernel)(P...),
-                      A... arguments) {
-    auto l = launch(name, kernel, c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
-    for (unsigned i = 0; i < c->numAttrs; i++)
-        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension)
-            l.cluster = c->attrs[i].val.clusterDim.x;
-    l(arguments...);
-    return cudaSuccess;
 }
 
 }  // namespace emulate

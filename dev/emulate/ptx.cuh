@@ -160,18 +160,12 @@ static inline void mbarrier_bytes(uint64_t *barrier, unsigned bytes) {
     b->bytes -= (int)bytes;
     mbarrier_turn(b);
 }
-static inline void mbarrier_arrive_at(uint64_t *barrier, unsigned rank) {
-    mbarrier_arrive((uint64_t *)emulate::shared_of(rank, barrier));
-}
 static inline bool mbarrier_waits(const void *barrier, uint64_t parity) {
     return ((const MBarrier *)barrier)->phase == parity;
 }
 static inline void mbarrier_wait(uint64_t *barrier, unsigned parity) {
     emulate::wait(mbarrier_waits, barrier, parity);
 }
-
-static inline unsigned cluster_rank(void) { return emulate::cluster_rank(); }
-static inline void cluster_sync(void) { emulate::cluster_barrier(); }
 
 static inline void barrier_sync(int id, int threads) { emulate::barrier(id, threads, true); }
 static inline void barrier_arrive(int id, int threads) { emulate::barrier(id, threads, false); }
@@ -210,13 +204,6 @@ static inline void tma_load(void *to, const CUtensorMap *map, int row, int colum
         tma_box(m, row, column, (unsigned char *)to, true);
         mbarrier_bytes(barrier, 2 * m.box_rows * m.box_columns);
     });
-}
-static inline void tma_load_to(unsigned blocks, void *to, const CUtensorMap *map, int row, int column,
-                               uint64_t *barrier) {
-    for (unsigned rank = 0; blocks >> rank; rank++)
-        if (blocks >> rank & 1)
-            tma_load(emulate::shared_of(rank, to), map, row, column,
-                     (uint64_t *)emulate::shared_of(rank, barrier));
 }
 static inline void tma_prefetch(const CUtensorMap *map, int, int) {
     if (!tensor_map(map).data) emulate::stop("TMA: a prefetch by a map that was not made");
