@@ -14,6 +14,10 @@
 //     dk, dv        128 keys             64 queries, on from them   s^T, dp^T    dv += p^T do,
 //                                                                                dk += ds^T q
 //
+// Who sees nothing of a tile's first or last 64 keys multiplies the other 64 alone: the first
+// warpgroup on the diagonal, the second where windows begin. With W = 512 that leaves out 1 half
+// tile of 10.
+//
 // Products run beside the threads that start them. While a warpgroup takes exponentials of a tile,
 // the tensor cores compute its next product, or the other warpgroup's. p and ds never leave the
 // registers: what one product leaves is the left operand of the next. That is why backward is two
@@ -54,7 +58,7 @@ constexpr int BLOCK_ROWS = CONSUMERS * GROUP_ROWS;
 constexpr size_t SHARED_BYTES = 227 << 10;  // that a block can have
 
 // Tiles that are walked over, and for how many there is room.
-constexpr int KEYS = 128, KEY_STAGES = 2;
+constexpr int KEYS = 128, HALF = KEYS / 2, KEY_STAGES = 2;
 constexpr int QUERIES = 64, QUERY_STAGES = 3;
 
 // What the TMA copies from, beside a call's arguments: matrices of n rows of H D.
@@ -131,29 +135,63 @@ __device__ __forceinline__ void query_producer(QueryShared<D, HELD> &shared, con
     }
 }
 
-// What the lane's two rows see: keys low[half] .. row + 8 half; and the keys low_all .. high_all
-// that every row of the warpgroup sees.
+// What the lane's two rows see: keys low[half] .. row + 8 half; the keys low_all .. high_all that
+// every row of the warpgroup sees, and low_any .. high_any, beyond which none sees any.
 typedef struct {
-    int row, low[2], low_all, high_all;
+    int row, low[2], low_all, high_all, low_any, high_any;
 } Sight;
 __device__ __forceinline__ Sight sight_of(const Attention &a, int first, int row) {
-    int last = a.n - 1, low_all = first_key(a, min(first + GROUP_ROWS - 1, last));
+    int last = a.n - 1, end = first + GROUP_ROWS - 1;
     int low[2] = {first_key(a, min(row, last)), first_key(a, min(row + 8, last))};
-    return Sight{row, {low[0], low[1]}, low_all, first};
+    int low_all = first_key(a, min(end, last)), low_any = first_key(a, min(first, last));
+    return Sight{row, {low[0], low[1]}, low_all, first, low_any, end};
 }
 __device__ __forceinline__ bool sees_all(const Sight &sight, int k0) {
     return k0 >= sight.low_all && k0 + KEYS - 1 <= sight.high_all;
 }
 
+// The part of a tile of keys that the warpgroup multiplies: all, or where it sees nothing of one
+// half the other, HALF keys from the tile's key `first` on.
+typedef struct {
+    int first;
+    bool all;
+} Part;
+__device__ __forceinline__ Part part_of(const Sight &sight, int k0) {
+    bool left = sight.low_any < k0 + HALF, right = sight.high_any >= k0 + HALF;
+    return Part{left ? 0 : HALF, left && right};
+}
+
+// step(s, first): s has room for a product of the part. All that touches the product is to be in
+// the step: where paths with products of two sizes under way meet, ptxas serialises all.
+template <class Step> __device__ __forceinline__ void for_part(Part part, Step step) {
+    float s[KEYS / 2], few[HALF / 2];
+    if (part.all)
+        step(s, 0);
+    else
+        step(few, part.first);
+}
+
+// Starts out += p v of the part. A step may hold it: out has one size.
+template <int D>
+__device__ __forceinline__ void multiply_part(float (&out)[D / 2],
+                                              const unsigned (&p)[KEYS / 16][4],
+                                              const Tile<D, KEYS> &v, Part part) {
+    if (part.all)
+        multiply_add<KEYS>(out, p, v);
+    else
+        multiply_add<HALF>(out, p, v, part.first);
+}
+
 // x = nothing where query (row) does not see key (column) k0 + ..
-__device__ __forceinline__ void mask_keys(float (&x)[KEYS / 2], const Sight &sight, int k0,
+template <int N>
+__device__ __forceinline__ void mask_keys(float (&x)[N], const Sight &sight, int k0,
                                           float nothing) {
     int k = k0 + lane_id() % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int from = sight.low[half] - k, to = sight.row + 8 * half - k;
 #pragma unroll
-        for (int c = 0; c < KEYS / 8; c++)
+        for (int c = 0; c < N / 4; c++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
                 if (8 * c + e < from || 8 * c + e > to) x[4 * c + 2 * half + e] = nothing;
@@ -219,7 +257,7 @@ template <int D>
 __device__ __forceinline__ void forward_consumer(QueryShared<D, 1> &shared, const Attention &a) {
     int group = warp_id() / 4, top = group * GROUP_ROWS, w = warp_id() * 16;
     const Tile<D, BLOCK_ROWS> &q = shared.held[0];
-    float s[KEYS / 2], out[D / 2];
+    float out[D / 2];
     unsigned p[KEYS / 16][4];
     Ring ring = {0, 0};
     if (group == 1) turn_pass(group);
@@ -233,32 +271,41 @@ __device__ __forceinline__ void forward_consumer(QueryShared<D, 1> &shared, cons
         clear(out);
 
         // The first tile, in which each query meets itself: largest is finite from then on.
+        Part part = part_of(sight, work.t1 * KEYS);
         mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
-        multiply_rows(s, q, top, shared.k[ring.stage]);
-        wgmma_wait<0>();
-        pin(s);
-        release(&shared.k_empty[ring.stage]);
-        if (work.t1 == work.t0) release(&shared.held_empty);
-        mask_keys(s, sight, work.t1 * KEYS, -INFINITY);
-        follow_maximum(largest, factor, s, a.scale2);
-        p_from_s(s, sum, largest, factor, a.scale2);
-        pack_rows(p, s);
+        for_part(part, [&](auto &s, int first) {
+            multiply_rows(s, q, top, shared.k[ring.stage], first);
+            wgmma_wait<0>();
+            pin(s);
+            release(&shared.k_empty[ring.stage]);
+            if (work.t1 == work.t0) release(&shared.held_empty);
+            mask_keys(s, sight, work.t1 * KEYS + first, -INFINITY);
+            follow_maximum(largest, factor, s, a.scale2);
+            p_from_s(s, sum, largest, factor, a.scale2);
+            pack_rows(p, s);
+        });
 
-        // s of tile t is computed while out gathers tile t + 1.
-        for (int t = work.t1 - 1; t >= work.t0; t--) {
+        // s of tile t is computed while out gathers tile t + 1. From the first tile whose left half
+        // is out of sight on, all are like it: two loops. (One, with for_part in it: ptxas put the
+        // sums of p behind the exponentials, which now run beside them.)
+        int t = work.t1 - 1;
+        auto step = [&]<int N>(float(&s)[N], int first) {
             Ring before = ring;
+            Part part_before = part;
+            int k0 = t * KEYS;
+            part = Part{first, 2 * N == KEYS};
             ring_next<KEY_STAGES>(ring);
             mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
             turn_wait(group);
-            multiply_rows(s, q, top, shared.k[ring.stage]);
+            multiply_rows(s, q, top, shared.k[ring.stage], first);
             mbarrier_wait(&shared.v_full[before.stage], before.parity);
-            multiply_add(out, p, shared.v[before.stage]);
+            multiply_part(out, p, shared.v[before.stage], part_before);
             turn_pass(group);
             wgmma_wait<1>();
             pin(s);
             release(&shared.k_empty[ring.stage]);
             if (t == work.t0) release(&shared.held_empty);
-            if (!sees_all(sight, t * KEYS)) mask_keys(s, sight, t * KEYS, -INFINITY);
+            if (!sees_all(sight, k0)) mask_keys(s, sight, k0 + first, -INFINITY);
             bool grown = follow_maximum(largest, factor, s, a.scale2);
             p_from_s(s, sum, largest, factor, a.scale2);
             pin(s), pin(sum);
@@ -272,9 +319,17 @@ __device__ __forceinline__ void forward_consumer(QueryShared<D, 1> &shared, cons
             pin(out), pin(p);
             release(&shared.v_empty[before.stage]);
             pack_rows(p, s);
+        };
+        for (; t >= work.t0 && part_of(sight, t * KEYS).all; t--) {
+            float s[KEYS / 2];
+            step(s, 0);
+        }
+        for (; t >= work.t0; t--) {
+            float s[HALF / 2];
+            step(s, HALF);
         }
         mbarrier_wait(&shared.v_full[ring.stage], ring.parity);
-        multiply_add(out, p, shared.v[ring.stage]);
+        multiply_part(out, p, shared.v[ring.stage], part);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float &row_sum = sum[half];
@@ -359,7 +414,7 @@ template <int D>
 __device__ __forceinline__ void dq_consumer(QueryShared<D, 2> &shared, const Attention &a) {
     int top = warp_id() / 4 * GROUP_ROWS, w = warp_id() * 16;  // the warpgroup's rows, the warp's
     const Tile<D, BLOCK_ROWS> &q = shared.held[0], &dout = shared.held[1];
-    float out[D / 2], s[KEYS / 2], dp[KEYS / 2];
+    float out[D / 2];
     unsigned ds[KEYS / 16][4];
     Ring ring = {0, 0};
 
@@ -379,32 +434,37 @@ __device__ __forceinline__ void dq_consumer(QueryShared<D, 2> &shared, const Att
 
         Ring before = ring;
         for (int t = work.t1; t >= work.t0; t--) {
+            int k0 = t * KEYS;
+            Part part = part_of(sight, k0);
             mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
-            multiply_rows(s, q, top, shared.k[ring.stage]);
-            mbarrier_wait(&shared.v_full[ring.stage], ring.parity);
-            wgmma_wait<1>();  // out has all of tile t + 1
-            pin(out), pin(ds);
-            if (t < work.t1) release(&shared.k_empty[before.stage]);
-            multiply_rows(dp, dout, top, shared.v[ring.stage]);
-            if (t == work.t1) {
-                warp_delta<D>(shared, a, a.o + work.head * D, a.delta + at, w, work.row + w);
-                delta[0] = shared.delta[w + lane_id() / 4];
-                delta[1] = shared.delta[w + lane_id() / 4 + 8];
-            }
-            wgmma_wait<1>();
-            pin(s);
+            for_part(part, [&]<int N>(float(&s)[N], int first) {
+                float dp[N];
+                multiply_rows(s, q, top, shared.k[ring.stage], first);
+                mbarrier_wait(&shared.v_full[ring.stage], ring.parity);
+                wgmma_wait<1>();  // out has all of tile t + 1
+                pin(out), pin(ds);
+                if (t < work.t1) release(&shared.k_empty[before.stage]);
+                multiply_rows(dp, dout, top, shared.v[ring.stage], first);
+                if (t == work.t1) {
+                    warp_delta<D>(shared, a, a.o + work.head * D, a.delta + at, w, work.row + w);
+                    delta[0] = shared.delta[w + lane_id() / 4];
+                    delta[1] = shared.delta[w + lane_id() / 4 + 8];
+                }
+                wgmma_wait<1>();
+                pin(s);
 #pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) s[i] = exp2_fast(a.scale2 * s[i] - lse2[i / 2 % 2]);
-            pin(s);
-            if (!sees_all(sight, t * KEYS)) mask_keys(s, sight, t * KEYS, 0);
-            wgmma_wait<0>();
-            pin(dp);
-            release(&shared.v_empty[ring.stage]);
-            if (t == work.t0 && !a.rotary.r) release(&shared.held_empty);
+                for (int i = 0; i < N; i++) s[i] = exp2_fast(a.scale2 * s[i] - lse2[i / 2 % 2]);
+                pin(s);
+                if (!sees_all(sight, k0)) mask_keys(s, sight, k0 + first, 0);
+                wgmma_wait<0>();
+                pin(dp);
+                release(&shared.v_empty[ring.stage]);
+                if (t == work.t0 && !a.rotary.r) release(&shared.held_empty);
 #pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) s[i] *= dp[i] - delta[i / 2 % 2];
-            pack_rows(ds, s);
-            multiply_add(out, ds, shared.k[ring.stage]);
+                for (int i = 0; i < N; i++) s[i] *= dp[i] - delta[i / 2 % 2];
+                pack_rows(ds, s);
+                multiply_add<2 * N>(out, ds, shared.k[ring.stage], first);
+            });
             before = ring;
             ring_next<KEY_STAGES>(ring);
         }
@@ -596,7 +656,7 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
             if (t == t0 || rows.first[QUERIES - 1] > group_key)
                 mask_queries(s, rows.first, t * QUERIES, key);
             pack_rows(p, s);
-            multiply_add(dv, p, shared.dout[ring.stage]);
+            multiply_add<QUERIES>(dv, p, shared.dout[ring.stage]);
             wgmma_wait<1>();
             pin(dp);
 #pragma unroll
@@ -606,7 +666,7 @@ __device__ __forceinline__ void dkv_consumer(KeyShared<D> &shared, const Attenti
                 for (int i = 4 * c; i < 4 * c + 4; i++) s[i] *= dp[i] - (i % 2 ? two.y : two.x);
             }
             pack_rows(ds, s);
-            multiply_add(dk, ds, shared.q[ring.stage]);
+            multiply_add<QUERIES>(dk, ds, shared.q[ring.stage]);
             before = ring;
             ring_next<QUERY_STAGES>(ring);
         }

@@ -74,11 +74,11 @@ __device__ __forceinline__ void tile_prefetch(const CUtensorMap &map, int row, i
         for (int r = 0; r < ROWS; r += BOX) tma_prefetch(&map, row + r, column + c);
 }
 
-// Starts x = a b^T of 64 rows of a, from `row` on, and the N rows of b.
-template <int D, int ROWS, int N>
-__device__ __forceinline__ void multiply_rows(float (&x)[N / 2], const Tile<D, ROWS> &a, int row,
-                                              const Tile<D, N> &b) {
-    uint64_t left = wgmma_rows(a.x[0][row]), right = wgmma_rows(b.x[0][0]);
+// Starts x = a b^T of 64 rows of a, from `row` on, and 2 X rows of b, from `first` on.
+template <int D, int ROWS, int N, int X>
+__device__ __forceinline__ void multiply_rows(float (&x)[X], const Tile<D, ROWS> &a, int row,
+                                              const Tile<D, N> &b, int first = 0) {
+    uint64_t left = wgmma_rows(a.x[0][row]), right = wgmma_rows(b.x[0][first]);
     wgmma_fence();
 #pragma unroll
     for (unsigned c = 0; c < D / BOX; c++)
@@ -88,14 +88,14 @@ __device__ __forceinline__ void multiply_rows(float (&x)[N / 2], const Tile<D, R
     wgmma_commit();
 }
 
-// Starts y += p b: p (64, ROWS), b (ROWS, D).
-template <int D, int ROWS>
+// Starts y += p b: the first N columns of p (64, ROWS), and N rows of b (ROWS, D), from `first` on.
+template <int N, int D, int ROWS>
 __device__ __forceinline__ void multiply_add(float (&y)[D / 2], const unsigned (&p)[ROWS / 16][4],
-                                             const Tile<D, ROWS> &b) {
-    uint64_t right = wgmma_columns(b.x[0][0], ROWS * BOX * sizeof(bf16));
+                                             const Tile<D, ROWS> &b, int first = 0) {
+    uint64_t right = wgmma_columns(b.x[0][first], ROWS * BOX * sizeof(bf16));
     wgmma_fence();
 #pragma unroll
-    for (unsigned k = 0; k < ROWS / 16; k++) wgmma(y, p[k], right + 8 * 16 * k);
+    for (unsigned k = 0; k < N / 16; k++) wgmma(y, p[k], right + 8 * 16 * k);
     wgmma_commit();
 }
 
@@ -104,11 +104,12 @@ template <int N> __device__ __forceinline__ void clear(float (&x)[N]) {
     for (int i = 0; i < N; i++) x[i] = 0;
 }
 
-// A product as a left operand: the numbers are where they must be.
-template <int K>
-__device__ __forceinline__ void pack_rows(unsigned (&p)[K][4], const float (&x)[8 * K]) {
+// A product as a left operand, or as its first columns: the numbers are where they must be.
+template <int K, int X>
+__device__ __forceinline__ void pack_rows(unsigned (&p)[K][4], const float (&x)[X]) {
+    static_assert(X <= 8 * K, "p has room");
 #pragma unroll
-    for (int i = 0; i < 4 * K; i++) p[i / 4][i % 4] = pack(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < X / 2; i++) p[i / 4][i % 4] = pack(x[2 * i], x[2 * i + 1]);
 }
 
 // Rows row .. row + 15 of a tile, for a warp, laid out as a left operand.
