@@ -40,7 +40,8 @@ CUDNN    := $(shell $(FIND) cudnn)
 FRONTEND := $(shell $(FIND) cudnn-frontend)
 $(if $(or $(and $(CUDNN),$(FRONTEND)),$(filter doctor,$(MAKECMDGOALS))),,$(error USE_CUDNN=1: found no $(if $(CUDNN),cudnn-frontend,cuDNN); make doctor tells what to do))
 CUDNN_O  := $(BUILD)/cudnn_attention.o
-CUDNN_L  := $(word 2,$(CUDNN)) -Xlinker -rpath=$(dir $(word 2,$(CUDNN))) -lnvrtc
+CUDNN_SO := $(word 2,$(CUDNN))
+CUDNN_L  := -L$(dir $(CUDNN_SO)) -l:$(notdir $(CUDNN_SO)) -Xlinker -rpath=$(dir $(CUDNN_SO)) -lnvrtc
 endif
 
 ALL_CFLAGS = -std=gnu11 $(CFLAGS) -fno-math-errno -Wall -Wextra $(if $(OPENMP),,-Wno-unknown-pragmas) \
