@@ -32,17 +32,17 @@
 // wrote ahead of it can be read after it.
 //
 // THE LADDER on an H200: 32 rows of T = 2048, H = 6, no window; 2.06e11 FLOPs. The ceiling is what
-// cuDNN reaches. "-": not measured yet; `make ladder OP=attention` prints this table.
+// cuDNN reaches. `make ladder OP=attention` prints this table.
 //
-//     rung  idea                                            us   TFLOP/s   of 455   times v1
-//     v1    a thread a query, scores in memory               -         -        -          -
-//     v2    a warp a query: lanes read side by side          -         -        -          -
-//     v3    online softmax: no scores in memory              -         -        -          -
-//     v4    tiles in shared memory, read by all              -         -        -          -
-//     v5    tensor cores                                     -         -        -          -
-//     v6    copies run beside products                       -         -        -          -
-//     llmc  llmc/attention.cuh: 32 rows a warp             614       336      74%          -
-//     sm90  llmc/attention_sm90.cuh: TMA, wgmma            353       584     128%          -
+//     rung  idea                                                        us  TFLOP/s of 455 times v1
+//     v1    a thread a query, scores in memory                     393,268      0.5   0.1%      1.0
+//     v2    a warp a query: lanes read side by side                 29,769      6.9     2%       13
+//     v3    online softmax: no scores in memory                     32,231      6.4     1%       12
+//     v4    tiles in shared memory, read by all                      6,882       30     7%       57
+//     v5    tensor cores                                               986      209    46%      399
+//     v6    copies run beside products                                 788      262    58%      499
+//     llmc  llmc/attention.cuh: 32 rows a warp                         609      338    74%      646
+//     sm90  llmc/attention_sm90.cuh: TMA, wgmma                        357      577   127%    1,100
 //
 // To read on the way: llmc/attention_call.cuh first; ahead of v5 the opening comment of
 // llmc/ptx.cuh; after v6 llmc/attention.cuh; last llmc/ptx_sm90.cuh, llmc/tile_sm90.cuh and
@@ -200,8 +200,9 @@ static void forward_v2(const Attention &a, float *scores) {
 //
 // Of 2048 keys in random order only about 8 score higher than all before, so the branch is seldom
 // taken; and all lanes take it together. The 3.2 GB are gone, and with them what limited T. The
-// time changes less: it is spent on warp_sum and on loads from L1. But now each key is needed once,
-// keys may come in portions of any size, and that is what all further rungs live on.
+// time is 8% longer: it was never spent on them, but on warp_sum and on loads from L1, and now each
+// score waits for the one before. But each key is needed once, keys may come in portions of any
+// size, and that is what all further rungs live on.
 
 static __global__ void forward_v3_kernel(Attention a) {
     int t = warp_row(), head = t / a.n, i = t % a.n, lane = (int)(threadIdx.x % WARP);

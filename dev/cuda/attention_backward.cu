@@ -24,18 +24,18 @@
 // bits each time.
 //
 // THE LADDER on an H200: 32 rows of T = 2048, H = 6, no window; 5.16e11 FLOPs. The ceiling is what
-// cuDNN reaches where it may add in any order. "-": not measured yet; `make ladder
-// OP=attention_backward` prints this table.
+// cuDNN reaches where it may add in any order. `make ladder OP=attention_backward` prints this
+// table.
 //
-//     rung  what it changes, and why that is faster         us   TFLOP/s   of 413   times v1
-//     v1    nothing yet: a thread a row                      -         -        -          1
-//     v2    a warp a row: lanes read side by side            -         -        -          -
-//     v3    delta first: two dot products a pair, not three  -         -        -          -
-//     v4    tiles in shared memory, read by all              -         -        -          -
-//     v5    tensor cores                                     -         -        -          -
-//     v6    copies run beside products                       -         -        -          -
-//     llmc  llmc/attention.cuh: 32 rows a warp            2213       233      56%          -
-//     sm90  llmc/attention_sm90.cuh: TMA, wgmma           1258       410      99%          -
+//     rung  what it changes, and why that is faster                     us  TFLOP/s of 413 times v1
+//     v1    nothing yet: a thread a row                          2,283,624      0.2   0.1%      1.0
+//     v2    a warp a row: lanes read side by side                   85,514      6.0     2%       27
+//     v3    delta first: two dot products a pair, not three         78,062      6.6     2%       29
+//     v4    tiles in shared memory, read by all                     25,622       20     5%       89
+//     v5    tensor cores                                             3,418      151    36%      668
+//     v6    copies run beside products                               2,996      172    42%      762
+//     llmc  llmc/attention.cuh: 32 rows a warp                       2,234      231    56%    1,022
+//     sm90  llmc/attention_sm90.cuh: TMA, wgmma                      1,192      432   105%    1,915
 #define main attention_forward_main
 #include "dev/cuda/attention.cu"  // row_of, warp_dot, product_of_rows, .., Problem, full_problem
 #undef main

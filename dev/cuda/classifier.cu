@@ -7,12 +7,12 @@
 // and targets are (rows). `make ladder OP=classifier` checks and times every rung. The ladder to
 // read before this one is dev/cuda/rmsnorm.cu.
 //
-//     rung  what it changes, and why that is faster                    us   GB/s  ceiling  times v1
-//     v1    nothing yet: the CPU's loops; a thread takes a row          -      -        -         1
-//     v2    512 threads take a row: neighbours are read together        -      -        -         -
-//     v3    |z| <= 15: no maximum to find, and no tanh                  -      -        -         -
-//     v4    16 bytes a load, 4 loads on their way                       -      -        -         -
-//     llmc  what the first pass found stays in shared memory            -      -        -         -
+//     rung  what it changes, and why that is faster                     us     GB/s of top times v1
+//     v1    nothing yet: the CPU's loops; a thread takes a row      26,155       63     2%      1.0
+//     v2    512 threads take a row: neighbours are read together     2,631      626    15%      9.9
+//     v3    |z| <= 15: no maximum to find, and no tanh               1,085    1,519    36%       24
+//     v4    16 bytes a load, 4 loads on their way                      692    2,381    56%       38
+//     llmc  the row, and what is found of it: in shared memory         448    3,681    87%       58
 //
 // (H200; rows 8192, V 50257, Vp 50304. GB/s: of the 4 Vp bytes a row that must move.)
 //
@@ -203,9 +203,10 @@ static void classifier_v4(floatX *logits, float *losses, const int *targets, flo
 // that is the same for the whole row. The first pass has the former at hand; now it keeps it,
 // rounded to BF16, in the SM's shared memory: 100 KB a row, two rows an SM. The second pass reads
 // it there, multiplies and stores: half of the special units' work is gone, and the second reading
-// of the row. The target's own gradient is made by one thread, once, instead of a comparison for
-// every logit. (2 loads on their way instead of 4 take few enough registers for three rows an SM,
-// where V is 32768. And it can make losses without gradients, which the rungs above cannot.)
+// of the row. And since there is room for the row, it may as well come there to begin with: by
+// cp.async, which takes no registers, so that all of it is on its way at once, not 4 loads a
+// thread. The target's own gradient is made by one thread, once, instead of a comparison for every
+// logit. (It can also make losses without gradients, which the rungs above cannot.)
 
 // ---------------------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ static const Rung<Classifier> RUNGS[] = {
     {"v2", "512 threads take a row", classifier_v2},
     {"v3", "|z| <= 15: no maximum, no tanh", classifier_v3},
     {"v4", "16 bytes a load, 4 on their way", classifier_v4},
-    {"llmc", "the first pass's work stays in shared memory", classifier},
+    {"llmc", "the row, and what is found of it: in shared memory", classifier},
 };
 
 static int padded(int V) { return ceil_div(V, 128) * 128; }

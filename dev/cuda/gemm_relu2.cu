@@ -32,16 +32,16 @@
 //
 // H200, n 65536, K 768, N 3072:
 //
-//     rung            us    TFLOP/s    of 672    times v1
-//     v1               -          -         -           -
-//     v2               -          -         -           -
-//     v3               -          -         -           -
-//     v4               -          -         -           -
-//     v5               -          -         -           -
-//     lt               -          -         -           -
-//     v6               -          -         -           -
-//     v7               -          -         -           -
-//     llmc             -          -         -           -
+//     rung            us   TFLOP/s    of 672    times v1
+//     v1         624,710       0.5      0.1%         1.0
+//     v2          42,019       7.4        1%          15
+//     v3           7,483        41        6%          84
+//     v4           1,365       226       34%         458
+//     v5           1,162       266       40%         537
+//     lt             623       497       74%       1,003
+//     v6           1,056       293       44%         592
+//     v7             620       499       74%       1,008
+//     llmc           447       691      103%       1,396
 //
 // From v6 on it takes a Hopper GPU: builds for sm_90a alone (HOPPER) have those rungs.
 #include "dev/cuda/ladder.cuh"  // Rung, ladder_check, ladder_time
