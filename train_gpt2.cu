@@ -395,8 +395,8 @@ static void attend_backward(Model *m, const DeviceBatch *b, int i, int W) {
     else
 #endif
         attention_backward(dq, dk, dv, a->delta, a->dh, l->att, l->lse, q, k, v, b->doc_start,
-                           rotated ? Rotary{l->qk_r, m->angles, T} : Rotary{}, n, H, D, W,
-                           C, 3 * C, m->stream);
+                           rotated ? Rotary{l->qk_r, m->angles, T} : Rotary{}, n, H, D, W, C, 3 * C,
+                           m->stream);
     if (rotated) return;
     trace_op(&m->trace, "qk_norm_rope backward", i, 0, 6 * nC);
     qk_backward(a->dqkv, l->qkv, l->qk_r, m->angles, n, T, H, D, m->stream);

@@ -16,8 +16,8 @@
 // exponentials and a reciprocal (the special units do 16 a clock and SM, which at 4 TB/s is 3.5 a
 // logit of BF16).
 //
-// A block takes a row. All of it is on its way to shared memory at once, by cp.async, which holds no
-// registers; a thread works on what it has copied itself, in CLASSIFIER_PARTS parts, so that it
+// A block takes a row. All of it is on its way to shared memory at once, by cp.async, which holds
+// no registers; a thread works on what it has copied itself, in CLASSIFIER_PARTS parts, so that it
 // waits for the first part alone. It sums up e^(z-15), and e^(z-15) q (1-q) takes the logit's place
 // there; the sum known, it multiplies that by 4 scale / sum on the way to the row. Where shared
 // memory is too small, the row itself is what is read and keeps it. The target's own gradient, in

@@ -9,8 +9,8 @@
 // (RoFormer, Su et al. 2021; half-split.) qkv and dqkv are (n, 3C) with H heads of D in each third,
 // both changed in place; v's third is left alone. r is (n, 2H): q's heads, then k's. angles are
 // (T, D/2) pairs of cos and sin, made in double on the host; token t stands at position t % T.
-// Backward needs forward's output and r. Moved per token, of floatX: forward 4C, backward 6C. (Hopper's attention
-// does this backward itself: rotary_sm90.cuh.)
+// Backward needs forward's output and r. Moved per token, of floatX: forward 4C, backward 6C.
+// (Hopper's attention does this backward itself: rotary_sm90.cuh.)
 //
 // One warp takes one token, a few heads at a time; a head is the work of `lanes` lanes. A lane
 // holds pieces of WIDTH pairs. D = 128 in BF16, where 8 lanes hold a head and a warp holds four:

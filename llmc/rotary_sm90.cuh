@@ -9,13 +9,13 @@
 // them. A row is in four lanes.
 //
 // ANGLES are asked for where there is other work until they come. A head's 128 rows want 64 KB of
-// them, from L2 as much as two tiles of keys and values; there is no room to keep the table nearer.
-// But with p = a + b, a a multiple of 16, b < 16,
+// them, as much from L2 as a tile of keys and its values; no memory nearer has room for the table.
+// But position a + b, a a multiple of 16, b < 16, turns by the angles of a and of b:
 //
-//     cos p = cos a cos b - sin a sin b,     sin p = sin a cos b + cos a sin b     (times frequency)
+//     cos(a + b) = cos a cos b - sin a sin b,     sin(a + b) = sin a cos b + cos a sin b
 //
-// and of a there is one for a warp's rows, and the b are the table's first 16 rows, 8 KB, which L1
-// keeps. FP32 in all: a few 2^-24 from the table's own.
+// A warp's rows have one a, and the b are the table's first 16 rows, 8 KB, which L1 keeps. All in
+// FP32: the result is a few 2^-24 from the table's own.
 #ifndef LLMC_ROTARY_SM90_CUH
 #define LLMC_ROTARY_SM90_CUH
 

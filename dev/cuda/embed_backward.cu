@@ -6,9 +6,9 @@
 // checks and times every rung; dev/cuda/rmsnorm.cu is the ladder to read before.
 //
 //     rung  what it changes, and why that is faster                     us     GB/s of top times v1
-//     v1    nothing yet: the CPU's loops; a thread takes a channel    52,660      6.6   0.2%      1.0
+//     v1    the CPU's loops; a thread takes a channel               52,660      6.6   0.2%      1.0
 //     v2    all positions at once, and the memory adds: atomics        305    1,138    27%      173
-//     v3    tokens are sorted: a warp takes one, adds in registers     1,404      247     6%       38
+//     v3    tokens are sorted: a warp adds one's in registers        1,404      247     6%       38
 //     v4    a token that is frequent is cut into pieces of 32          237    1,465    35%      222
 //     llmc  16 bytes a load, 4 rows on their way                       105    3,318    78%      503
 //

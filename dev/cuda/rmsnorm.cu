@@ -9,7 +9,7 @@
 //
 //     rung  what it changes, and why that is faster                     us     GB/s of top times v1
 //     v1    nothing yet: the CPU's loops; a thread takes a token     2,502      241     6%      1.0
-//     v2    a warp takes a token: 32 neighbours are read together       404    1,495    35%      6.2
+//     v2    a warp takes a token: neighbours are read together         404    1,495    35%      6.2
 //     v3    the sum is made where it is needed, and never stored       193    3,137    74%       13
 //     v4    16 bytes a load instead of 2: an eighth of the loads       187    3,235    76%       13
 //     llmc  a token is read once and stays in registers                144    4,195    99%       17

@@ -11,7 +11,7 @@ static const struct {
 
 // Both programs' tables of (T, D/2).
 typedef struct {
-    float *cosine, *sine;   // the CPU's
+    float *cosine, *sine;  // the CPU's
     const float2 *angles;  // on the device
 } Tables;
 
