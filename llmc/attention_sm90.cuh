@@ -14,9 +14,7 @@
 //     dk, dv        128 keys             64 queries, on from them   s^T, dp^T    dv += p^T do,
 //                                                                                dk += ds^T q
 //
-// Who sees nothing of a tile's first or last 64 keys multiplies the other 64 alone: the first
-// warpgroup on the diagonal, the second where windows begin. With W = 512 that leaves out 1 half
-// tile of 10.
+// Of 128 keys, a warpgroup multiplies only those 64 of which it sees any (sight_sm90.cuh).
 //
 // Products run beside the threads that start them. While a warpgroup takes exponentials of a tile,
 // the tensor cores compute its next product, or the other warpgroup's. p and ds never leave the
@@ -43,6 +41,7 @@
 
 #include "llmc/attention_call.cuh"  // Attention, at_head, first_key, last_query
 #include "llmc/rotary_sm90.cuh"     // Angles, angles_load, rotary_backward
+#include "llmc/sight_sm90.cuh"      // KEYS, Sight, mask_keys, Part, for_part
 #include "llmc/tile_sm90.cuh"       // Tile, Ring, multiply_*, store_rows; with ptx.cuh: exp2_fast
 #include "llmc/vec.cuh"             // vec_load
 
@@ -58,8 +57,7 @@ constexpr int BLOCK_ROWS = CONSUMERS * GROUP_ROWS;
 constexpr size_t SHARED_BYTES = 227 << 10;  // that a block can have
 
 // Tiles that are walked over, and for how many there is room.
-constexpr int KEYS = 128, HALF = KEYS / 2, KEY_STAGES = 2;
-constexpr int QUERIES = 64, QUERY_STAGES = 3;
+constexpr int KEY_STAGES = 2, QUERIES = 64, QUERY_STAGES = 3;
 
 // What the TMA copies from, beside a call's arguments: matrices of n rows of H D.
 typedef struct {
@@ -132,69 +130,6 @@ __device__ __forceinline__ void query_producer(QueryShared<D, HELD> &shared, con
             mbarrier_expect(&shared.v_full[i], sizeof shared.v[i]);
             tile_load(shared.v[i], maps.v, t * KEYS, column, &shared.v_full[i]);
         }
-    }
-}
-
-// What the lane's two rows see: keys low[half] .. row + 8 half; the keys low_all .. high_all that
-// every row of the warpgroup sees, and low_any .. high_any, beyond which none sees any.
-typedef struct {
-    int row, low[2], low_all, high_all, low_any, high_any;
-} Sight;
-__device__ __forceinline__ Sight sight_of(const Attention &a, int first, int row) {
-    int last = a.n - 1, end = first + GROUP_ROWS - 1;
-    int low[2] = {first_key(a, min(row, last)), first_key(a, min(row + 8, last))};
-    int low_all = first_key(a, min(end, last)), low_any = first_key(a, min(first, last));
-    return Sight{row, {low[0], low[1]}, low_all, first, low_any, end};
-}
-__device__ __forceinline__ bool sees_all(const Sight &sight, int k0) {
-    return k0 >= sight.low_all && k0 + KEYS - 1 <= sight.high_all;
-}
-
-// The part of a tile of keys that the warpgroup multiplies: all, or where it sees nothing of one
-// half the other, HALF keys from the tile's key `first` on.
-typedef struct {
-    int first;
-    bool all;
-} Part;
-__device__ __forceinline__ Part part_of(const Sight &sight, int k0) {
-    bool left = sight.low_any < k0 + HALF, right = sight.high_any >= k0 + HALF;
-    return Part{left ? 0 : HALF, left && right};
-}
-
-// step(s, first): s has room for a product of the part. All that touches the product is to be in
-// the step: where paths with products of two sizes under way meet, ptxas serialises all.
-template <class Step> __device__ __forceinline__ void for_part(Part part, Step step) {
-    float s[KEYS / 2], few[HALF / 2];
-    if (part.all)
-        step(s, 0);
-    else
-        step(few, part.first);
-}
-
-// Starts out += p v of the part. A step may hold it: out has one size.
-template <int D>
-__device__ __forceinline__ void multiply_part(float (&out)[D / 2],
-                                              const unsigned (&p)[KEYS / 16][4],
-                                              const Tile<D, KEYS> &v, Part part) {
-    if (part.all)
-        multiply_add<KEYS>(out, p, v);
-    else
-        multiply_add<HALF>(out, p, v, part.first);
-}
-
-// x = nothing where query (row) does not see key (column) k0 + ..
-template <int N>
-__device__ __forceinline__ void mask_keys(float (&x)[N], const Sight &sight, int k0,
-                                          float nothing) {
-    int k = k0 + lane_id() % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int from = sight.low[half] - k, to = sight.row + 8 * half - k;
-#pragma unroll
-        for (int c = 0; c < N / 4; c++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                if (8 * c + e < from || 8 * c + e > to) x[4 * c + 2 * half + e] = nothing;
     }
 }
 
