@@ -4,8 +4,8 @@
 #
 # Each run is [LABEL=]FILE, a log.csv or any CSV with the columns step, loss, val_loss (one of the
 # losses may be missing): the loss is a line, the mean of each of up to 200 groups of neighbouring
-# steps; the validation loss is a line with a circle at each point, and the last one's number beside
-# it. A file whose name has a = in it needs no label. --x tokens counts tokens instead of steps; --top
+# steps; the validation loss is a line with a circle at each point, and the last one's number stands
+# in the legend. A file whose name has a = in it needs no label. --x tokens counts tokens instead of steps; --top
 # and --first cut away the steep start.
 import argparse
 import csv
@@ -138,10 +138,6 @@ def curves(frame, losses, validations, color):
         if p[1] <= frame.y1:
             x, y = frame.at(*p)
             yield f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>'
-    if validations:
-        x, y = frame.at(*validations[-1])
-        yield (f'<text x="{x}" y="{y}" dy="-8" text-anchor="end" fill="{color}">'
-               f"{validations[-1][1]:.3f}</text>")
 
 
 def legend(runs):
@@ -149,6 +145,8 @@ def legend(runs):
         y, color = TOP + 10 + 18 * i, COLORS[i % len(COLORS)]
         x = WIDTH - RIGHT - 8
         kind = "loss" if not validations else "validation" if not losses else "loss, validation"
+        if validations:
+            kind += f" {validations[-1][1]:.3f}"
         yield f'<text x="{x - 34}" y="{y + 4}" text-anchor="end">{escape(label)}: {kind}</text>'
         yield f'<path d="M{x - 26} {y}h26" stroke="{color}" stroke-width="2"/>'
         if validations:
