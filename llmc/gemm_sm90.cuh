@@ -94,16 +94,16 @@ typedef struct {
     bf16 a[GEMM_STAGES][GEMM_ROWS][BOX];  // across: boxes (64, 64), one of 64 columns after another
     bf16 b[GEMM_STAGES][GEMM_COLUMNS][BOX];
     bf16 box[GEMM_GROUPS][GEMM_BOXES][GROUP_ROWS][BOX];  // y or c; results on their way
-    uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
-    uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
-    uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
+    uint64_t full[GEMM_STAGES];      // the producer has announced a stage's bytes, they have come
+    uint64_t empty[GEMM_STAGES];     // every warp that multiplies has read it
+    uint64_t turn[GEMM_GROUPS];      // the other group's warps have passed the turn
     uint64_t in_full[GEMM_GROUPS];   // y or c have come to the group's boxes
-    uint64_t in_empty[GEMM_GROUPS];  // the TMA has read the results before
+    uint64_t in_empty[GEMM_GROUPS];  // the TMA has read the results before from them
 } GemmShared;
 
 constexpr unsigned GEMM_A_BYTES = GEMM_ROWS * BOX * sizeof(bf16);
 constexpr unsigned GEMM_B_BYTES = GEMM_COLUMNS * BOX * sizeof(bf16);
-constexpr unsigned GEMM_BOX_BYTES = BOX * BOX * sizeof(bf16);  // of what is across
+constexpr unsigned GEMM_BOX_BYTES = BOX * BOX * sizeof(bf16);  // of a box (64, 64)
 static_assert(sizeof(GemmShared) <= 227 << 10, "what an SM of sm_90 has for a block");
 
 // A call, as the kernel gets it. The matrices of a batch lie one below the other.
@@ -260,7 +260,7 @@ __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
         (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int mirrored = 0; mirrored < 1 + gemm_symmetric<E>; mirrored++) {
-        // Boxes of this tile that are stored, so: none above the diagonal, mirrored those below.
+        // So many of the tile's boxes are stored: those not above the diagonal; mirrored: below it.
         int end = !gemm_symmetric<E> ? GEMM_BOXES
                   : mirrored         ? (tile.row - tile.column) / BOX
                                      : (tile.row + GEMM_ROWS - tile.column) / BOX;
