@@ -34,8 +34,7 @@
 // spills, and dev/test/test_sass.c sees to it.
 //
 // The compiler moves wgmma_wait() up to the last branch before it, over arithmetic that should run
-// beside the product. So in each loop a branch that is needed anyway stands behind the
-// exponentials.
+// beside the product. So in each loop a branch that is needed anyway stands behind exponentials.
 #ifndef LLMC_ATTENTION_SM90_CUH
 #define LLMC_ATTENTION_SM90_CUH
 
@@ -138,10 +137,11 @@ __device__ __forceinline__ void query_producer(QueryShared<D, HELD> &shared, con
 
 // Lets `largest` follow the rows' maxima, which now includes s. It need not be the true maximum:
 // any number near it cancels in out / sum. So it follows only when that has grown by a factor of
-// more than 2^8, which is seldom; then true, and what was summed is to be multiplied by factor.
+// more than 2^8, which is seldom; then true, for the whole warpgroup, and what was summed is to be
+// multiplied by factor.
 template <int N>
 __device__ __forceinline__ bool follow_maximum(float (&largest)[2], float (&factor)[2],
-                                               const float (&s)[N], float scale2) {
+                                               const float (&s)[N], float scale2, int group) {
     float now[2];
     bool grown = false;
 #pragma unroll
@@ -154,7 +154,7 @@ __device__ __forceinline__ bool follow_maximum(float (&largest)[2], float (&fact
         now[half] = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
         grown |= scale2 * (now[half] - largest[half]) > 8;
     }
-    grown = __any_sync(FULL_WARP, grown);
+    grown = barrier_any(1 + CONSUMERS + group, WARPGROUP, grown);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         factor[half] = grown ? exp2_fast(scale2 * (largest[half] - now[half])) : 1;
@@ -215,7 +215,7 @@ __device__ __forceinline__ void forward_consumer(QueryShared<D, 1> &shared, cons
             release(&shared.k_empty[ring.stage]);
             if (work.t1 == work.t0) release(&shared.held_empty);
             mask_keys(s, sight, work.t1 * KEYS + first, -INFINITY);
-            follow_maximum(largest, factor, s, a.scale2);
+            follow_maximum(largest, factor, s, a.scale2, group);
             p_from_s(s, sum, largest, factor, a.scale2);
             pack_rows(p, s);
         });
@@ -241,7 +241,7 @@ __device__ __forceinline__ void forward_consumer(QueryShared<D, 1> &shared, cons
             release(&shared.k_empty[ring.stage]);
             if (t == work.t0) release(&shared.held_empty);
             if (!sees_all(sight, k0)) mask_keys(s, sight, k0 + first, -INFINITY);
-            bool grown = follow_maximum(largest, factor, s, a.scale2);
+            bool grown = follow_maximum(largest, factor, s, a.scale2, group);
             p_from_s(s, sum, largest, factor, a.scale2);
             pin(s), pin(sum);
             if (grown) {

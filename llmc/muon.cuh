@@ -307,8 +307,11 @@ static inline size_t muon_bytes(const Table *t, size_t scratch) {
 }
 
 // For the matrices of the table, in chunks that need `scratch` bytes (MUON_SCRATCH), or one matrix.
+// The scratch begins as NaN, so that what is read before it is written shows.
 static inline void muon_init(Muon *m, Gpu *g, const Table *t, size_t scratch) {
-    char *memory = (char *)gpu_alloc(g, muon_bytes(t, scratch), "Muon's scratch");
+    size_t bytes = muon_bytes(t, scratch);
+    char *memory = (char *)gpu_alloc(g, bytes, "Muon's scratch");
+    CUDA_CHECK(cudaMemset(memory, 0xff, bytes));
     muon_layout(m, t, scratch, memory);
     m->memory = memory;
     for (int i = 0; i < m->shapes; i++) {

@@ -170,6 +170,17 @@ static inline void mbarrier_wait(uint64_t *barrier, unsigned parity) {
 static inline void barrier_sync(int id, int threads) { emulate::barrier(id, threads, true); }
 static inline void barrier_arrive(int id, int threads) { emulate::barrier(id, threads, false); }
 
+// Each call has one of three places in turn: who comes first clears the next one's.
+static inline bool barrier_any(int id, int threads, bool yes) {
+    static bool any[16][3];
+    static unsigned calls[1024];
+    unsigned call = calls[threadIdx.x]++;
+    any[id][(call + 1) % 3] = false;
+    any[id][call % 3] |= yes;
+    emulate::barrier(id, threads, true);
+    return any[id][call % 3];
+}
+
 // ---------------------------------------------------------------------------------------------
 // Copies by the TMA.
 
