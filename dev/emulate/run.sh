@@ -1,13 +1,14 @@
 #!/bin/sh
-# Runs the emulated GPU tests named on the command line, small: all that is asynchronous late; and
-# once more those of BF16, which have copies that are, with copies at once and the threads of a block
-# in the opposite order. Then one trainer against the other on a small model: losses, gradients and
-# updates of the FP32 build, losses of the BF16 build.
+# Runs the emulated GPU tests named on the command line, small: all that is asynchronous late; and,
+# beside them, those of BF16, which have copies that are, once more with copies at once and the
+# threads of a block in the opposite order. Then one trainer against the other on a small model:
+# losses, gradients and updates of the FP32 build, losses of the BF16 build.
 set -eu
 out=$BUILD/emulate
-export GRID=small OMP_NUM_THREADS=2
+export GRID=small OMP_NUM_THREADS=1
 
 trainer() {
+    export OMP_NUM_THREADS=2
     program=$1
     shift
     "$BUILD/diff" "$BUILD/train_gpt2" "$out/$program" "$@" -- --train "$out/text_train_*.bin" \
@@ -15,11 +16,14 @@ trainer() {
         --batch-tokens 384 --micro-batch 1 --warmup 5 --steps 100 --sample-tokens 0
 }
 
+# shellcheck disable=SC2046
+EMULATE=early,backward dev/test/run.sh $(printf '%s\n' "$@" | grep -v /fp32/) >"$out/early.txt" 2>&1 &
+early=$!
 echo "==== late"
 dev/test/run.sh "$@"
 echo "==== early, backward"
-# shellcheck disable=SC2046
-EMULATE=early,backward dev/test/run.sh $(printf '%s\n' "$@" | grep -v /fp32/)
+wait $early || { cat "$out/early.txt"; exit 1; }
+cat "$out/early.txt"
 echo "==== trainers"
 "$BUILD/tokenize" --tokenizer bytes --out "$out/text" llmc >/dev/null
 trainer train_gpt2cu_fp32 --steps 3 --top 3
