@@ -14,8 +14,7 @@
 //     dk, dv        128 keys             64 queries, on from them   s^T, dp^T    dv += p^T do,
 //                                                                                dk += ds^T q
 //
-// Of 128 keys, a warpgroup multiplies only those 64 of which it sees any (sight_sm90.cuh).
-//
+// A warpgroup multiplies only those halves of 128 keys of which it sees any (sight_sm90.cuh).
 // Products run beside the threads that start them. While a warpgroup takes exponentials of a tile,
 // the tensor cores compute its next product, or the other warpgroup's. p and ds never leave the
 // registers: what one product leaves is the left operand of the next. That is why backward is two

@@ -33,15 +33,15 @@
 //     group 1     multiply      | out | multiply        | out |
 //
 // but only as far as the ring reaches, for a stage is filled again when both have read it. What a
-// way out takes beyond the 3 steps that one group can be ahead, the tensor cores wait, twice a tile.
-// So it must be short, and wait for nothing:
+// way out takes beyond the 3 steps that one group can be ahead, the tensor cores wait, twice a
+// tile. So it must be short, and wait for nothing:
 //
 // THE WAY OUT: registers -> stmatrix -> boxes in shared memory -> TMA. There are boxes for a whole
 // tile; the TMA has read them long before the next one is done. What the product is combined with
-// (y, c) is brought to the same boxes in the meantime, read from there when the sum is complete, and
-// overwritten by the results. (Before, there were boxes for half a tile, and y took two steps of a
-// ring of 4: each way out waited for the TMA, behind what the producer had ordered. On an H200 that
-// was 620 TFLOP/s forward, 565 backward, where cuBLASLt makes 800 without ReLU^2.)
+// (y, c) is brought to the same boxes in the meantime, read from there when the sum is complete,
+// and overwritten by the results. (Before, there were boxes for half a tile, and y took two steps
+// of a ring of 4: each way out waited for the TMA, behind what the producer had ordered. On an H200
+// that was 620 TFLOP/s forward, 565 backward, where cuBLASLt makes 800 without ReLU^2.)
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
 // One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other

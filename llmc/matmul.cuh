@@ -62,11 +62,11 @@ static inline void gemm_sm90_square(GemmSm90 *, floatX *, const floatX *, bool, 
                                     float, float, int, int, int, cudaStream_t) {}
 #endif
 
-// Bytes. Gradients of qkv's weights are too few tiles for all SMs, so their sums are split, into as
+// Bytes. The gradient of qkv's weights has too few tiles for all SMs: its sums are split, into as
 // many parts as find room here.
 constexpr size_t MATMUL_WORKSPACE = 128 << 20;
-constexpr int MATMUL_PLANS = 1024;             // places for plans; half of them are used at most
-constexpr uint32_t MATMUL_ALIGN = 16;          // bytes
+constexpr int MATMUL_PLANS = 1024;     // places for plans; half of them are used at most
+constexpr uint32_t MATMUL_ALIGN = 16;  // bytes
 
 // One factor.
 typedef struct {

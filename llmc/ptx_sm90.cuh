@@ -24,7 +24,8 @@
 // A product runs on its own: from wgmma_fence() over any number of them to wgmma_commit() is one
 // group; wgmma_wait<N>() waits for all but the last N groups. Like the products it is for the whole
 // warpgroup: no branch leads some of its warps to one and others past it. Until then nobody may
-// touch D, nor A in registers. The compiler does not know that: pin(x), after the wait, keeps what uses x there.
+// touch D, nor A in registers. The compiler does not know that: pin(x), after the wait, keeps what
+// uses x there.
 #ifndef LLMC_PTX_SM90_CUH
 #define LLMC_PTX_SM90_CUH
 
@@ -88,7 +89,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// They meet, and learn whether any of them says yes.
+// `threads` meet at barrier `id`, and learn whether any of them says yes.
 __device__ __forceinline__ bool barrier_any(int id, int threads, bool yes) {
     unsigned any;
     asm volatile("{\n\t.reg .pred yes, any;\n\tsetp.ne.u32 yes, %3, 0;\n\t"

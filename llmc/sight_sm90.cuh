@@ -7,9 +7,9 @@
 //     W before it, where    queries   0 ..  63         part       all
 //     windows begin         queries  64 .. 127         none       part
 //
-// (Query i sees keys i - W .. i; W a multiple of 128 here.) With W = 512 that is 1 half tile of 10, and 1
-// of 34 where T = 2048 has no window. Documents hide halves, too. A tile of which a warpgroup sees
-// nothing costs it half a tile, in which all is masked.
+// (Query i sees keys i - W .. i; W a multiple of 128 here.) With W = 512 that is 1 half tile of 10,
+// and 1 of 34 where T = 2048 has no window. Documents hide halves, too. A tile of which a warpgroup
+// sees nothing costs it half a tile, in which all is masked.
 #ifndef LLMC_SIGHT_SM90_CUH
 #define LLMC_SIGHT_SM90_CUH
 

@@ -112,7 +112,8 @@ __device__ __forceinline__ void pack_rows(unsigned (&p)[K][4], const float (&x)[
     for (int i = 0; i < X / 2; i++) p[i / 4][i % 4] = pack(x[2 * i], x[2 * i + 1]);
 }
 
-// Rows row .. row + 15 of a tile, for a warp, laid out as a left operand.
+// Rows row .. row + 15 of a tile, for a warp, laid out as a left operand. By loads that the
+// compiler may move: ldmatrix, which stays where it stands, made attention's backward spill.
 template <int D, int ROWS>
 __device__ __forceinline__ void read_rows(unsigned (&p)[D / 16][4], const Tile<D, ROWS> &tile,
                                           int row) {

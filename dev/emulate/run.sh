@@ -18,12 +18,13 @@ trainer() {
 
 # shellcheck disable=SC2046
 EMULATE=early,backward dev/test/run.sh $(printf '%s\n' "$@" | grep -v /fp32/) >"$out/early.txt" 2>&1 &
-early=$!
+early=$! failed=0
 echo "==== late"
-dev/test/run.sh "$@"
+dev/test/run.sh "$@" || failed=1
 echo "==== early, backward"
-wait $early || { cat "$out/early.txt"; exit 1; }
+wait $early || failed=1
 cat "$out/early.txt"
+[ $failed -eq 0 ] || exit 1
 echo "==== trainers"
 "$BUILD/tokenize" --tokenizer bytes --out "$out/text" llmc >/dev/null
 trainer train_gpt2cu_fp32 --steps 3 --top 3
