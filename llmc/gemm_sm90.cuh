@@ -1,7 +1,8 @@
 // gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It knows neither
 // ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once more, nor that a
-// matrix times its transpose is symmetric. These here save that pass, or half of that product.
-// docs/measurements.md says how fast they are beside cuBLASLt's.
+// matrix times its transpose is symmetric. These here save that pass, or half of that product: more
+// than they lose by multiplying slower. On an H200, depth 12, cuBLASLt's products of the MLP are
+// made at 685 to 704 TFLOP/s, these were at 584 forward, 482 backward (docs/measurements.md).
 //
 //     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
 //     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
@@ -16,7 +17,7 @@
 // run along the sum, or across it. Tensor cores take either.
 //
 // A BLOCK of threads stays on its SM and makes tile after tile of C, (128, 256) each. One thread,
-// the producer, has the TMA bring steps of 64 of the sum to a ring of 3 stages. Two groups of 4
+// the producer, has the TMA bring steps of 64 of the sum to a ring of 4 stages. Two groups of 4
 // warps multiply: each has half of the tile's rows, (64, 256) sums, 128 registers a thread.
 //
 //                 B: 256 columns                       a stage of the ring:
@@ -25,23 +26,23 @@
 //               | group 1: 64 .. 127  |                two barriers: full, empty
 //               +---------------------+
 //
-// On a tile's way to memory its group multiplies nothing. So the groups take turns: group 1 begins
-// its way out when group 0 has started the last copy of its own, and follows it by that much. One
-// multiplies while the other is on its way:
+// A tile's way to memory takes as long as a few steps of the sum, in which its group multiplies
+// nothing. So the groups take turns: group 1 begins its way out when group 0 has started the last
+// copy of its own, and follows it by that much. One multiplies while the other is on its way:
 //
 //     group 0   multiply  | out | multiply        | out |
 //     group 1     multiply      | out | multiply        | out |
 //
 // but only as far as the ring reaches, for a stage is filled again when both have read it. What a
-// way out takes beyond the 3 steps that one group can be ahead, the tensor cores wait, twice a
-// tile. So it must be short, and wait for nothing:
+// way out takes beyond the 4 steps that one group can be ahead, the tensor cores wait: twice a
+// tile, which sums of 768, 12 steps, feel more than sums of 3072.
 //
-// THE WAY OUT: registers -> stmatrix -> boxes in shared memory -> TMA. There are boxes for a whole
-// tile; the TMA has read them long before the next one is done. What the product is combined with
-// (y, c) is brought to the same boxes in the meantime, read from there when the sum is complete,
-// and overwritten by the results. (Before, there were boxes for half a tile, and y took two steps
-// of a ring of 4: each way out waited for the TMA, behind what the producer had ordered. On an H200
-// that was 620 TFLOP/s forward, 565 backward, where cuBLASLt makes 800 without ReLU^2.)
+// What the product is combined with (y, c) comes as two more steps of the ring, (128, 128) each. A
+// group reads them, and rounds, before its turn: stages are not held while it waits for that. But
+// two of the 4 steps that it can be ahead are these, then: backward waits more than forward.
+//
+// THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. A warp has two
+// and fills one while the TMA reads the other; it hands the turn on before those have been read.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
 // One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other
@@ -65,9 +66,8 @@
 constexpr int GEMM_ROWS = 128, GEMM_COLUMNS = 256;  // of a tile
 constexpr int GEMM_BAND = 16;  // tiles one above the other that are made together
 
-constexpr int GEMM_STAGES = 3;                  // of the ring; a step is BOX terms of the sum
-constexpr int GEMM_GROUPS = 2;                  // that multiply; one more copies
-constexpr int GEMM_BOXES = GEMM_COLUMNS / BOX;  // of a group's half of a tile
+constexpr int GEMM_STAGES = 4;  // of the ring; a step is BOX terms of the sum
+constexpr int GEMM_GROUPS = 2;  // that multiply; one more copies
 constexpr int GEMM_THREADS = (GEMM_GROUPS + 1) * WARPGROUP;
 constexpr int GEMM_WARPS = 4, GEMM_WARP_ROWS = 16;  // of a group; of a warp
 
@@ -93,24 +93,22 @@ constexpr bool gemm_b_across = E == GEMM_RELU2_BACKWARD || E == GEMM_SQUARE_ACRO
 typedef struct {
     bf16 a[GEMM_STAGES][GEMM_ROWS][BOX];  // across: boxes (64, 64), one of 64 columns after another
     bf16 b[GEMM_STAGES][GEMM_COLUMNS][BOX];
-    bf16 box[GEMM_GROUPS][GEMM_BOXES][GROUP_ROWS][BOX];  // y or c; results on their way
-    uint64_t full[GEMM_STAGES];      // the producer has announced a stage's bytes, they have come
-    uint64_t empty[GEMM_STAGES];     // every warp that multiplies has read it
-    uint64_t turn[GEMM_GROUPS];      // the other group's warps have passed the turn
-    uint64_t in_full[GEMM_GROUPS];   // y or c have come to the group's boxes
-    uint64_t in_empty[GEMM_GROUPS];  // the TMA has read the results before from them
+    bf16 out[GEMM_GROUPS][2][GEMM_WARPS][GEMM_WARP_ROWS][BOX];  // results on their way
+    uint64_t full[GEMM_STAGES];   // the producer has announced a stage's bytes, and they have come
+    uint64_t empty[GEMM_STAGES];  // every warp that multiplies has read it
+    uint64_t turn[GEMM_GROUPS];   // the other group's warps have passed the turn
 } GemmShared;
 
 constexpr unsigned GEMM_A_BYTES = GEMM_ROWS * BOX * sizeof(bf16);
 constexpr unsigned GEMM_B_BYTES = GEMM_COLUMNS * BOX * sizeof(bf16);
-constexpr unsigned GEMM_BOX_BYTES = BOX * BOX * sizeof(bf16);  // of a box (64, 64)
+constexpr unsigned GEMM_BOX_BYTES = BOX * BOX * sizeof(bf16);  // of what is across
 static_assert(sizeof(GemmShared) <= 227 << 10, "what an SM of sm_90 has for a block");
 
 // A call, as the kernel gets it. The matrices of a batch lie one below the other.
 typedef struct {
     CUtensorMap a;         // (M, sum), boxes of (128, 64); across: (sum, M), (64, 64)
     CUtensorMap b;         // (columns, sum), (256, 64); across: (sum, columns), (64, 64)
-    CUtensorMap in;        // (M, columns), (64, 64): y of backward, or c
+    CUtensorMap in;        // (M, columns), (128, 64): y of backward, or c
     CUtensorMap out;       // (M, columns), (16, 64)
     CUtensorMap mirror;    // out in boxes of (64, 64)
     int tiles;             // in all
@@ -163,8 +161,7 @@ template <GemmKind E>
 __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call) {
     constexpr bool A_ACROSS = gemm_a_across<E>, B_ACROSS = gemm_b_across<E>;
     Ring at = {0, 0};
-    unsigned parity = 0;  // of this tile's y or c
-    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, parity ^= 1) {
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x) {
         GemmTile tile = gemm_tile<E>(call, t);
         bool diagonal = gemm_on_diagonal<E>(tile);
         int top = tile.matrix * call.side;        // of this matrix in what lies below one another
@@ -180,12 +177,13 @@ __device__ __forceinline__ void gemm_produce(GemmShared *s, const GemmCall &call
                                     B_ACROSS ? tile.column : top + tile.column, GEMM_COLUMNS,
                                     B_ACROSS ? top_across + k : k, full);
         }
-        for (int g = 0; gemm_reads<E> && g < GEMM_GROUPS; g++) {
-            mbarrier_wait(&s->in_empty[g], parity);
-            mbarrier_expect(&s->in_full[g], GEMM_BOXES * GEMM_BOX_BYTES);
-            for (int j = 0; j < GEMM_BOXES; j++)
-                tma_load(s->box[g][j], &call.in, top + tile.row + g * GROUP_ROWS,
-                         tile.column + j * BOX, &s->in_full[g]);
+        for (int c = 0; gemm_reads<E> && c < 4; c += 2, ring_next<GEMM_STAGES>(at)) {
+            uint64_t *full = &s->full[at.stage];
+            mbarrier_wait(&s->empty[at.stage], at.parity ^ 1);
+            mbarrier_expect(full, 2 * GEMM_A_BYTES);
+            for (int i = 0; i < 2; i++)
+                tma_load(s->b[at.stage][i * GEMM_ROWS], &call.in, top + tile.row,
+                         tile.column + (c + i) * BOX, full);
         }
     }
 }
@@ -221,22 +219,26 @@ __device__ __forceinline__ unsigned gemm_place(void) {
     return lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
 }
 
-// The product d of this warp's 16 rows, finished and rounded. in: its rows of the first box.
+// The product d of this warp's 16 rows, from row `row` of the tile on, finished and rounded.
 template <GemmKind E>
 __device__ __forceinline__ void gemm_round(unsigned (&out)[16][4], const float (&d)[128],
-                                           const GemmCall &call, const void *in) {
-    unsigned from = shared_address(in) + gemm_place();
+                                           GemmShared *s, const GemmCall &call, Ring &at, int row) {
+    unsigned in = 0;
 #pragma unroll
     for (int c = 0; c < 16; c++) {
+        if (gemm_reads<E> && c % 8 == 0) mbarrier_wait(&s->full[at.stage], at.parity);
+        if (gemm_reads<E> && c % 4 == 0)
+            in = gemm_place() + shared_address(s->b[at.stage][c / 4 % 2 * GEMM_ROWS + row]);
         unsigned x[4] = {};
-        if (gemm_reads<E>) ldmatrix(x, from + c / 4 * GEMM_BOX_BYTES ^ c % 4 * 32);
+        if (gemm_reads<E>) ldmatrix(x, in ^ c % 4 * 32);
 #pragma unroll
         for (int i = 0; i < 4; i++)
             out[c][i] = gemm_finish<E>(call, d[8 * c + 2 * i], d[8 * c + 2 * i + 1], x[i]);
+        if (gemm_reads<E> && c % 8 == 7) release(&s->empty[at.stage]), ring_next<GEMM_STAGES>(at);
     }
 }
 
-// Those who fill boxes together: a warp; a group where results are stored mirrored, too.
+// Those who fill a box together: a warp; a group where results are stored mirrored, too.
 template <GemmKind E> __device__ __forceinline__ void gemm_meet(int group) {
     if (gemm_symmetric<E>)
         barrier_sync(1 + group, WARPGROUP);
@@ -244,7 +246,7 @@ template <GemmKind E> __device__ __forceinline__ void gemm_meet(int group) {
         __syncwarp();
 }
 
-// The way out of 16 rows, x. Mirrored, they are columns 16 warp .. of a box of (64, 64), which a
+// The way out of 16 rows. Mirrored, they are columns 16 warp .. of a box of (64, 64), which a
 // group's four warps fill together:
 //
 //     columns      0 .. 7              8 .. 15             of the 16, that is chunk 2 warp + l / 8
@@ -252,40 +254,40 @@ template <GemmKind E> __device__ __forceinline__ void gemm_meet(int group) {
 //     row 8 .. 15  lanes 16 .. 23      lanes 24 .. 31
 template <GemmKind E>
 __device__ __forceinline__ void gemm_leave(GemmShared *s, const GemmCall &call,
-                                           const unsigned (&x)[16][4], GemmTile tile, int group) {
-    int warp = threadIdx.x % WARPGROUP / WARP, lane = lane_id(), row = warp * GEMM_WARP_ROWS;
-    int top = tile.matrix * call.side, first = tile.row + group * GROUP_ROWS;
+                                           const unsigned (&x)[16][4], GemmTile tile, int group,
+                                           int row) {
+    int warp = threadIdx.x % WARPGROUP / WARP, lane = lane_id();
+    int top = tile.matrix * call.side;
     unsigned mine = gemm_place();
     unsigned turned =
         (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
-    for (int mirrored = 0; mirrored < 1 + gemm_symmetric<E>; mirrored++) {
-        // So many of the tile's boxes are stored: those not above the diagonal; mirrored: below it.
-        int end = !gemm_symmetric<E> ? GEMM_BOXES
-                  : mirrored         ? (tile.row - tile.column) / BOX
-                                     : (tile.row + GEMM_ROWS - tile.column) / BOX;
-        if (lane == 0) tma_store_wait_read<0>();
-        gemm_meet<E>(group);
+    for (int j = 0; j < GEMM_COLUMNS / BOX; j++) {
+        int column = tile.column + j * BOX;
+        bool above = gemm_symmetric<E> && column >= tile.row + GEMM_ROWS;
+        bool below = gemm_symmetric<E> && column < tile.row;
+        if (above) break;
 #pragma unroll
-        for (int j = 0; j < GEMM_BOXES; j++) {
-            if (j >= end) break;
-            auto *box = s->box[group][j];
+        for (int mirrored = 0; mirrored < 2; mirrored++) {
+            if (mirrored && !below) break;
+            auto *box = s->out[group][below ? mirrored : j % 2];
+            if (lane == 0) tma_store_wait_read<1>();  // this box has been read, if not the other
+            gemm_meet<E>(group);
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                if (!mirrored) stmatrix(shared_address(box[row]) + (mine ^ c * 32), x[4 * j + c]);
+                if (!mirrored) stmatrix(shared_address(box[warp]) + (mine ^ c * 32), x[4 * j + c]);
                 if (mirrored)
                     stmatrix_trans(shared_address(box) + turned + c * 16 * 128, x[4 * j + c]);
             }
+            fence_async();
+            gemm_meet<E>(group);
+            if (lane == 0) {
+                if (!mirrored) tma_store(&call.out, top + tile.row + row, column, box[warp]);
+                if (mirrored && warp == 0)
+                    tma_store(&call.mirror, top + column, tile.row + row, box);
+                tma_store_commit();  // of no store, too: a group for each box, and boxes alternate
+            }
         }
-        fence_async();
-        gemm_meet<E>(group);
-        for (int j = 0; lane == 0 && j < GEMM_BOXES && j < end; j++) {
-            int column = tile.column + j * BOX;
-            auto *box = s->box[group][j];
-            if (!mirrored) tma_store(&call.out, top + first + row, column, box[row]);
-            if (mirrored && warp == 0) tma_store(&call.mirror, top + column, first, box);
-        }
-        if (lane == 0) tma_store_commit();
     }
 }
 
@@ -309,10 +311,6 @@ __device__ __forceinline__ void gemm_multiply(float (&d)[COLUMNS / 2], GemmShare
         for (int i = 0; i < BOX / 16; i++)
             wgmma<A_ACROSS, B_ACROSS>(d, a + i * A_STEP, b + i * B_STEP, k > 0 || i > 0);
         wgmma_commit();
-        if (gemm_reads<E> && k == min(2 * BOX, sum - BOX)) {  // the results before have long left
-            if (lane_id() == 0) tma_store_wait_read<0>();
-            release(&s->in_empty[group]);
-        }
         wgmma_wait<1>();  // the step before has been read; this one goes on
         if (k > 0) release(&s->empty[before]);
         before = at.stage;
@@ -325,10 +323,10 @@ __device__ __forceinline__ void gemm_multiply(float (&d)[COLUMNS / 2], GemmShare
 template <GemmKind E>
 __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call, int group) {
     int turn = group ^ 1;  // parity: the first turn is group 0's
-    int row = threadIdx.x % WARPGROUP / WARP * GEMM_WARP_ROWS;  // of the group's, this warp's first
-    unsigned parity = 0;                                        // of this tile's y or c
+    int warp = threadIdx.x % WARPGROUP / WARP;
+    int row = group * GROUP_ROWS + warp * GEMM_WARP_ROWS;  // of the tile, this warp's first
     Ring at = {0, 0};
-    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1, parity ^= 1) {
+    for (int t = blockIdx.x; t < call.tiles; t += gridDim.x, turn ^= 1) {
         GemmTile tile = gemm_tile<E>(call, t);
         // divided for here, not when it is this group's turn
         pin(tile.row), pin(tile.column), pin(tile.matrix);
@@ -338,11 +336,10 @@ __device__ __forceinline__ void gemm_consume(GemmShared *s, const GemmCall &call
         else
             gemm_multiply<E, GEMM_COLUMNS>(d, s, call.sum, at, group);
         unsigned out[16][4];
-        if (gemm_reads<E>) mbarrier_wait(&s->in_full[group], parity);
-        gemm_round<E>(out, d, call, s->box[group][0][row]);
+        gemm_round<E>(out, d, s, call, at, row);
         pin(out);  // all but stores is done by when the turn comes
         mbarrier_wait(&s->turn[group], turn);
-        gemm_leave<E>(s, call, out, tile, group);
+        gemm_leave<E>(s, call, out, tile, group, row);
         release(&s->turn[group ^ 1]);
     }
     if (lane_id() == 0) tma_store_wait_read<0>();  // shared memory lasts until then
@@ -358,7 +355,6 @@ static __global__ void __launch_bounds__(GEMM_THREADS, 1)
     int group = threadIdx.x / WARPGROUP;
     for (int i = 0; threadIdx.x == 0 && i < GEMM_GROUPS; i++)
         mbarrier_init(&s->turn[i], GEMM_WARPS);
-    ring_init(s->in_full, s->in_empty, GEMM_GROUPS, 1, GEMM_WARPS);
     ring_init(s->full, s->empty, GEMM_STAGES, 1, GEMM_GROUPS * GEMM_WARPS);
     __syncthreads();
     if (group == GEMM_GROUPS) {
@@ -440,7 +436,7 @@ static inline void gemm_relu2(const GemmSm90 *g, bf16 *out, const bf16 *a, const
     gemm_map(g, &call.a, a, M, K, GEMM_ROWS);
     gemm_map(g, &call.b, b, across ? K : N, across ? N : K, across ? BOX : GEMM_COLUMNS);
     gemm_map(g, &call.out, out, M, N, GEMM_WARP_ROWS);
-    if (in) gemm_map(g, &call.in, in, M, N, GROUP_ROWS);
+    if (in) gemm_map(g, &call.in, in, M, N, GEMM_ROWS);
     call.tiles_m = ceil_div(M, GEMM_ROWS), call.tiles_n = N / GEMM_COLUMNS;
     call.tiles = call.tiles_m * call.tiles_n;
     call.sum = K;
@@ -478,7 +474,7 @@ static inline void gemm_sm90_square(const GemmSm90 *g,
     gemm_map(g, &call.b, x, rows, columns, across ? BOX : GEMM_COLUMNS);
     gemm_map(g, &call.out, d, all, M, GEMM_WARP_ROWS);
     gemm_map(g, &call.mirror, d, all, M, GROUP_ROWS);
-    if (c) gemm_map(g, &call.in, c, all, M, GROUP_ROWS);
+    if (c) gemm_map(g, &call.in, c, all, M, GEMM_ROWS);
     call.tiles_m = M / GEMM_ROWS, call.tiles_n = ceil_div(M, GEMM_COLUMNS);
     call.tiles = batch * call.tiles_n * (call.tiles_m + 1 - call.tiles_n);
     call.side = M, call.sum = K;
