@@ -61,6 +61,7 @@ for_gpu    = $(if $(GPU_HERE),$(if $(CUDA),$(1),need-cuda))
 GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/test_cudnn_attention), \
              $(foreach p,bf16 fp32,$(patsubst dev/test/gpu/%.cu,$(BUILD)/gpu/$(p)/%,$(wildcard dev/test/gpu/test_*.cu)))) \
              $(if $(HOPPER),$(BUILD)/gpu/bf16/test_attention_portable)
+RACECHECK  = $(addsuffix _racecheck,$(addprefix $(BUILD)/gpu/bf16/test_,attention matmul))
 
 # Idle OpenMP threads sleep: spinning, they slow a step down several times where others are at work.
 diff test test-mutations test-emulated bench-cpu: export OMP_WAIT_POLICY ?= passive
@@ -123,6 +124,10 @@ $(BUILD)/gpu/bf16/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 $(BUILD)/gpu/fp32/%: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 	$(call nvcc,-DPRECISION_FP32)
 
+# For compute-sanitizer's racecheck: see ARRIVALS in llmc/tile_sm90.cuh.
+$(BUILD)/gpu/bf16/%_racecheck: dev/test/gpu/%.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
+	$(call nvcc,-DRACECHECK)
+
 # The portable attention on a Hopper GPU.
 $(BUILD)/gpu/bf16/test_attention_portable: dev/test/gpu/test_attention.cu $(BUILD)/gpu/twin.o $(BUILD)/flags.cuda
 	$(call nvcc,-UHOPPER)
@@ -169,7 +174,7 @@ test-emulated: cpu
 	@$(MAKE) -f dev/emulate/Makefile BUILD=$(BUILD) CUDA=$(CUDA_DIR) test
 
 # The same, small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck; and the ladders.
-sanitize: $(call for_gpu,$(GPU_TESTS) $(LADDERS))
+sanitize: $(call for_gpu,$(GPU_TESTS) $(LADDERS) $(RACECHECK))
 	@BUILD=$(BUILD) dev/test/gpu/run.sh --sanitize $(call for_gpu,$(filter-out %_cudnn_attention,$(GPU_TESTS)) $(LADDERS))
 
 # The ladders, one operation from a naive kernel to llmc/'s, built; and one, OP=rmsnorm, checked and

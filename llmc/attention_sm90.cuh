@@ -633,7 +633,8 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
         extern __shared__ __align__(1024) unsigned char memory[];
         KeyShared<D> &shared = *reinterpret_cast<KeyShared<D> *>(memory);
         ring_init(shared.held_full, shared.held_empty, KEY_STAGES, 1, CONSUMER_WARPS);
-        ring_init(shared.full, shared.empty, QUERY_STAGES, 2, CONSUMER_WARPS);  // 2: copies, rows
+        // Copies and rows fill a stage.
+        ring_init(shared.full, shared.empty, QUERY_STAGES, 1 + ARRIVALS, CONSUMER_WARPS);
         __syncthreads();
         if (threadIdx.x / WARPGROUP == CONSUMERS) {
             registers_give<24>();

@@ -354,7 +354,7 @@ static __global__ void __launch_bounds__(GEMM_THREADS, 1)
     GemmShared *s = (GemmShared *)memory;
     int group = threadIdx.x / WARPGROUP;
     for (int i = 0; threadIdx.x == 0 && i < GEMM_GROUPS; i++)
-        mbarrier_init(&s->turn[i], GEMM_WARPS);
+        mbarrier_init(&s->turn[i], GEMM_WARPS * ARRIVALS);
     ring_init(s->full, s->empty, GEMM_STAGES, 1, GEMM_GROUPS * GEMM_WARPS);
     __syncthreads();
     if (group == GEMM_GROUPS) {

@@ -34,24 +34,33 @@ typedef struct {
     unsigned parity;
 } Ring;
 
-// The barriers of `count` stages: how many arrive when one is full, how many when it is empty.
+// A warp arrives once, when its lanes have met. Built for racecheck, which does not see that lanes
+// which have met are done, too, each lane arrives.
+#ifdef RACECHECK
+constexpr unsigned ARRIVALS = WARP;
+#else
+constexpr unsigned ARRIVALS = 1;
+#endif
+
+// A warp arrives: what it wrote, or read, is done with.
+__device__ __forceinline__ void release(uint64_t *barrier) {
+    __syncwarp();
+    if (ARRIVALS == WARP || lane_id() == 0) mbarrier_arrive(barrier);
+}
+
+// The barriers of `count` stages: how many arrivals fill one, how many warps drain it.
 // __syncthreads() comes next. The TMA, which arrives at them, sees them after both fences.
 __device__ __forceinline__ void ring_init(uint64_t *full, uint64_t *empty, int count, unsigned fill,
                                           unsigned drain) {
     if (threadIdx.x > 0) return;
-    for (int i = 0; i < count; i++) mbarrier_init(full + i, fill), mbarrier_init(empty + i, drain);
+    for (int i = 0; i < count; i++)
+        mbarrier_init(full + i, fill), mbarrier_init(empty + i, drain * ARRIVALS);
     mbarrier_init_fence();
     fence_async();
 }
 
 template <int STAGES> __device__ __forceinline__ void ring_next(Ring &ring) {
     if (++ring.stage == STAGES) ring.stage = 0, ring.parity ^= 1;
-}
-
-// A warp arrives: what it wrote, or read, is done with.
-__device__ __forceinline__ void release(uint64_t *barrier) {
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(barrier);
 }
 
 // Starts the copy of rows row .. of columns column .. of a matrix. One thread calls it.

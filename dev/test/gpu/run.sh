@@ -4,9 +4,10 @@
 #
 # --sanitize before the programs: each one with GRID=small under each tool of compute-sanitizer,
 # several at a time. Only kernels of ours are looked at (the global namespace: _Z and a digit), not
-# those of NVIDIA's libraries. What they printed stands in $BUILD/sanitize/. cuBLAS's kernels for
-# Hopper do not launch under racecheck (CUDA 13.0): BF16 programs that multiply matrices are left
-# out of it; the same kernels of ours, but for two ladders', run under it in their FP32 builds.
+# those of NVIDIA's libraries. What they printed stands in $BUILD/sanitize/. Under racecheck a program
+# runs in its own build for that, PROGRAM_racecheck, where there is one. cuBLAS's kernels for Hopper do
+# not launch there (CUDA 13.0): BF16 programs that cannot do without are left out; the same kernels of
+# ours, but for two ladders', run in FP32 builds and in test_matmul_racecheck.
 sanitize=
 [ "$1" = --sanitize ] && { sanitize=1; shift; }
 no_gpu=$([ $# -eq 0 ] && echo "no GPU here: skipped" || GPU_PROBE=1 "$1")
@@ -27,8 +28,9 @@ start=$(date +%s)
 for tool in racecheck memcheck initcheck synccheck; do
     for program; do
         case "$tool $program" in
-        racecheck*/bf16/test_matmul | racecheck*/bf16/test_muon | racecheck*/bf16/test_model | \
-            racecheck*/cuda/gemm_relu2 | racecheck*/cuda/muon) ;;
+        racecheck*/bf16/test_muon | racecheck*/bf16/test_model) ;;
+        racecheck*/cuda/gemm_relu2 | racecheck*/cuda/muon) ;;
+        racecheck*) [ -x "${program}_racecheck" ] && program=${program}_racecheck; echo "$tool $program" ;;
         *) echo "$tool $program" ;;
         esac
     done
