@@ -1,8 +1,8 @@
 // gemm_sm90.cuh: products of BF16 matrices on Hopper that cuBLASLt has not. It knows neither
 // ReLU^2, for which a kernel of its own reads and writes (n, 4C) numbers once more, nor that a
 // matrix times its transpose is symmetric. These here save that pass, or half of that product: more
-// than they lose by multiplying slower. On an H200, depth 12, cuBLASLt's products of the MLP are
-// made at 685 to 704 TFLOP/s, these were at 584 forward, 482 backward (docs/measurements.md).
+// than they lose by multiplying slower. In a step of depth 12 on an H200 cuBLASLt's products of the
+// MLP are made at 661 to 687 TFLOP/s, these at 599 forward, 527 backward (docs/measurements.md).
 //
 //     relu2_forward    y  (n, N) = relu(x W^T)^2            x (n, K), W (N, K)
 //     relu2_backward   dz (n, K) = 2 sqrt(y) (dy W)         dy (n, N), y (n, K): relu2.cuh
@@ -43,6 +43,11 @@
 //
 // THE WAY OUT: registers -> stmatrix -> boxes of (16, 64) in shared memory -> TMA. A warp has two
 // and fills one while the TMA reads the other; it hands the turn on before those have been read.
+//
+// WHAT BINDS THEM, it seems, is L2: a tile brings 48 KB a step, and with what leaves that is 8.3 to
+// 8.5 TB/s at every size of ReLU^2's products, forward and backward, on an H200. A shorter way out
+// (boxes for a whole tile) was no faster; clusters that share B would bring a third less, but two
+// blocks that wait for each other lost more.
 //
 // SYMMETRIC results are made by blocks of (128, 128): those on the diagonal (D) and below it (x).
 // One below is stored twice, as it is and mirrored (m). A tile is two blocks wide; of every other
