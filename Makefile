@@ -17,6 +17,10 @@ PCRE2_L := $(if $(PCRE2),$(shell pkg-config --libs libpcre2-8))
 BLAS    := $(shell pkg-config --exists openblas 2>/dev/null && echo -DUSE_OPENBLAS $$(pkg-config --cflags openblas))
 BLAS_L  := $(if $(BLAS),$(shell pkg-config --libs openblas))
 
+# MPI, for several ranks on CPUs (mpirun); MPI= leaves it out.
+MPI     ?= $(shell pkg-config --exists ompi-c 2>/dev/null && echo -DUSE_MPI $$(pkg-config --cflags ompi-c))
+MPI_L   := $(if $(MPI),$(shell pkg-config --libs ompi-c))
+
 # CUDA: nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda, and the architectures to build for:
 # ARCH=80,90a, or this machine's GPUs' (9.0 is 90a), or 90a.
 NVCC     := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
@@ -64,10 +68,10 @@ GPU_TESTS  = $(filter-out $(BUILD)/gpu/fp32/test_cudnn% $(if $(USE_CUDNN),,%/tes
 RACECHECK  = $(addsuffix _racecheck,$(addprefix $(BUILD)/gpu/bf16/test_,attention matmul))
 
 # Idle OpenMP threads sleep: spinning, they slow a step down several times where others are at work.
-diff test test-mutations test-emulated bench-cpu: export OMP_WAIT_POLICY ?= passive
+diff test test-mpi test-mutations test-emulated bench-cpu: export OMP_WAIT_POLICY ?= passive
 
 .PHONY: all cpu train_gpt2cu cuda no-cuda need-cuda quickstart test test-asan test-mutations \
-        gpu-tests test-gpu test-emulated sanitize ladders ladder diff bench bench-cpu doctor readme format clean
+        test-mpi gpu-tests test-gpu test-emulated sanitize ladders ladder diff bench bench-cpu doctor readme format clean
 all: cpu $(if $(CUDA),train_gpt2cu,no-cuda)
 
 # The programs that need no GPU; the CUDA trainer of PRECISION.
@@ -84,13 +88,13 @@ need-cuda:
 STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/cuda $(BUILD)/gpu/bf16 $(BUILD)/gpu/fp32; \
         echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
 $(BUILD)/flags: FORCE
-	$(call STAMP,$(CC) $(ALL_CFLAGS) $(BLAS) $(LDLIBS))
+	$(call STAMP,$(CC) $(ALL_CFLAGS) $(BLAS) $(MPI) $(LDLIBS))
 $(BUILD)/flags.cuda: FORCE
 	$(call STAMP,$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS) $(CUDNN) $(FRONTEND))
 FORCE:
 
 $(BUILD)/train_gpt2: train_gpt2.c $(BUILD)/flags
-	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
+	$(CC) $(ALL_CFLAGS) $(MPI) $< -o $@ $(LDLIBS) $(MPI_L)
 
 $(BUILD)/train_gpt2cu: train_gpt2.cu $(CUDNN_O) $(BUILD)/flags.cuda
 	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN))
@@ -109,7 +113,7 @@ $(BUILD)/test/%: dev/test/%.c $(BUILD)/flags
 
 # The trainer with faults to inject into its file access.
 $(BUILD)/test/train_gpt2: train_gpt2.c $(BUILD)/flags
-	$(CC) $(ALL_CFLAGS) -DIO_FAULTS $< -o $@ $(LDLIBS)
+	$(CC) $(ALL_CFLAGS) $(MPI) -DIO_FAULTS $< -o $@ $(LDLIBS) $(MPI_L)
 
 $(BUILD)/bench/%: dev/bench/%.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $(BLAS) $< -o $@ $(BLAS_L) $(LDLIBS)
@@ -152,6 +156,10 @@ quickstart: cpu
 # Every test that needs no GPU; the last line is "N passed, N failed".
 test: cpu $(TESTS) $(BUILD)/test/train_gpt2
 	@BUILD=$(BUILD) dev/test/run.sh $(TESTS)
+
+# Ranks under mpirun, on CPUs: 1, 2, 4 and 8 train the same.
+test-mpi: cpu
+	@BUILD=$(BUILD) dev/test/mpi.sh
 
 # The same tests, but the compilers', under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan:
@@ -205,6 +213,7 @@ doctor:
 	@echo "compiler    $$($(CC) --version | head -n 1)"
 	@echo "OpenMP      $(if $(OPENMP),found,not found: one thread)"
 	@echo "PCRE2       $(if $(PCRE2),found,not found: no GPT-2 encoding (byte tokens work); install libpcre2-dev)"
+	@echo "MPI         $(if $(MPI),found,not found: one rank on CPUs; install libopenmpi-dev and openmpi-bin)"
 	@echo "OpenBLAS    $(if $(BLAS),found,not found: make bench-cpu compares with nothing; install libopenblas-dev)"
 	@echo "CUDA        $(if $(CUDA),$$($(NVCC) --version | sed -n 's/.*release \([^ ,]*\),.*/\1/p') in $(CUDA_DIR),$(CUDA_MISSING): no CUDA trainer)"
 	@$(if $(CUDA),,#)echo "GPU         $(if $(GPU_ARCH),$$(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs),none here; ARCH= names the one to build for): code for sm_$(subst $(comma), sm_,$(ARCH))"

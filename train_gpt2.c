@@ -16,6 +16,8 @@
 // Matrix products (llmc/matmul.h) are blocked FP32; norms, softmax, loss and dot products sum in
 // double. Threads share out independent outputs only, so the bits of a run do not depend on their
 // number. What is around the model (flags, data, evaluation, samples, saves, log) is llmc/run.h's.
+// Several processes may share the work: each does rows of its own with all weights, and updates the
+// part of them that it owns (llmc/shard.h, llmc/dist.h).
 //
 // Leaves out: dropout, biases, learned norms, a key-value cache (a sample recomputes its row).
 #include <assert.h>
@@ -28,11 +30,13 @@
 
 #include "llmc/dataloader.h"  // loader_next, loader_origin, loader_state
 #include "llmc/die.h"         // die_alloc
+#include "llmc/dist.h"        // Dist, dist_sum, dist_all_gather, dist_broadcast
 #include "llmc/flags.h"       // Flags
 #include "llmc/matmul.h"      // matmul_forward, matmul_dgrad, matmul_wgrad
 #include "llmc/model.h"       // Config, Table, table_init, table_fill
 #include "llmc/run.h"         // run_main; declares the model_ functions that this file defines
 #include "llmc/schedule.h"    // Plan, Phase, plan_group, schedule_at, schedule_lr
+#include "llmc/shard.h"       // ShardPlan, Piece, shard_init, shard_next
 
 // =============================================================================================
 // Operations, in the order of the computation.
@@ -588,11 +592,24 @@ typedef struct {
     float *a, *a2;       // (side, side) each: A, and b A + c A^2
 } MuonScratch;
 
+// What a rank tells the others at the end of a step, and the squares of its gradients after it.
+typedef struct {
+    double loss;        // sum of its targets' nats
+    int64_t bad_row;    // first of its rows whose loss is not finite, or -1
+    int bad_tensor;     // its first tensor whose gradient is not, or -1
+    int bad_place;      // and where that comes in backward: tensor_place
+    StopRequest asked;  // what it was told from outside
+} RankResult;
+
 struct Model {
     Config cfg;
     Table table;
-    float *params, *grads;   // (table.numel) each
-    float *state1, *state2;  // (table.numel), (table.state_numel): the optimizer's
+    const Dist *dist;
+    ShardPlan shard;
+    float *params, *grads;   // (table.numel) each; grads: of this rank's rows
+    float *sums;             // (numel of this rank): gradients of all rows; of one rank: grads
+    float *state1, *state2;  // (numel, state_numel of this rank): the optimizer's
+    double *squares;         // (world, table.count): sums of squares of the ranks' sums, by tensor
     Weights w, dw;           // views of params and grads
     Activations a;
     void *activations;  // the memory that a points into
@@ -670,17 +687,20 @@ int model_micro_tokens(const Config *cfg, int recompute) {
     return 8192;
 }
 
-int model_memory(DescribeMemory *rows, const Config *cfg, const Plan *plan) {
+int model_memory(DescribeMemory *rows, const Config *cfg, const Plan *plan,
+                 const ShardPlan *shard) {
     Table table;
     Activations a;
     MuonScratch muon;
     table_init(&table, cfg);
-    double arena = (double)table.numel * sizeof(float);
+    const ShardRank *share = &shard->share[shard->rank];
+    double arena = (double)table.numel * sizeof(float), mine = (double)share->numel * sizeof(float);
     DescribeMemory all[] = {
         {"parameters", arena},
         {"gradients", arena},
-        {"optimizer, first state", arena},
-        {"optimizer, second state", (double)table.state_numel * sizeof(float)},
+        {"gradients, summed over ranks", shard->world > 1 ? mine : 0},
+        {"optimizer, first state", mine},
+        {"optimizer, second state", (double)share->state_numel * sizeof(float)},
         {"Muon's scratch", (double)muon_layout(&muon, &table, NULL) * sizeof(float)},
         {"activations of a micro-batch",
          (double)activations_layout(&a, cfg, phase_largest(plan, cfg).micro_rows, NULL)},
@@ -690,17 +710,22 @@ int model_memory(DescribeMemory *rows, const Config *cfg, const Plan *plan) {
     return sizeof all / sizeof *all;
 }
 
-void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
+void model_init(Model *m, const Config *cfg, const Plan *plan, const Dist *dist, uint32_t seed,
+                bool test_init) {
     int B = phase_largest(plan, cfg).micro_rows;
     memset(m, 0, sizeof *m);
-    m->cfg = *cfg;
+    m->cfg = *cfg, m->dist = dist;
     table_init(&m->table, cfg);
-    size_t numel = m->table.numel;
+    shard_init(&m->shard, &m->table, dist->rank, dist->world);
+    size_t numel = m->table.numel, mine = m->shard.share[dist->rank].numel;
+    size_t tensors = (size_t)m->table.count;
     m->params = die_alloc(numel, sizeof(float), "the parameters; lower --depth");
     m->grads = die_alloc(numel, sizeof(float), "the gradients; lower --depth");
-    m->state1 = die_alloc(numel, sizeof(float), "the optimizer's first state; lower --depth");
-    m->state2 = die_alloc(m->table.state_numel, sizeof(float),
+    m->sums = dist->world == 1 ? m->grads : die_alloc(mine, sizeof(float), "summed gradients");
+    m->state1 = die_alloc(mine, sizeof(float), "the optimizer's first state; lower --depth");
+    m->state2 = die_alloc(m->shard.share[dist->rank].state_numel, sizeof(float),
                           "the optimizer's second state; lower --depth");
+    m->squares = die_alloc((size_t)dist->world * tensors, sizeof(double), "norms of gradients");
     m->activations = die_alloc(activations_layout(&m->a, cfg, B, NULL), 1,
                                "the activations; lower --micro-batch");
     activations_layout(&m->a, cfg, B, m->activations);
@@ -715,9 +740,10 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bo
 }
 
 void model_free(Model *m) {
-    free(m->params), free(m->grads), free(m->state1), free(m->state2);
+    if (m->sums != m->grads) free(m->sums);
+    free(m->params), free(m->grads), free(m->state1), free(m->state2), free(m->squares);
     free(m->activations), free(m->scratch), free(m->cosine), free(m->sine);
-    table_free(&m->table);
+    shard_free(&m->shard), table_free(&m->table);
 }
 
 ModelFacts model_facts(const Model *m) {
@@ -1035,31 +1061,68 @@ static void muon_update(float *w,         // (R, K)
         w[i] -= step * s->x[i] + (s->x[i] * w[i] >= 0 ? decay * w[i] : 0);
 }
 
-// Root of the sum of squares of all gradients.
-static double model_grad_norm(const Model *m) {
-    double sum = 0;
-    for (int i = 0; i < m->table.count; i++)
-        sum += sum_squares(m->grads + m->table.tensor[i].offset, tensor_numel(&m->table.tensor[i]));
+// =============================================================================================
+// Between backward and update, between ranks. Of one rank, its gradients are the sums.
+
+// m->sums = the gradients of all ranks, of what this rank owns.
+static void sum_gradients(Model *m) {
+    for (int i = 0; i < m->shard.count; i++) {
+        const Piece *p = &m->shard.piece[i];
+        int to = p->owner == SHARD_ALL ? DIST_ALL : p->owner;
+        dist_sum(m->dist, m->sums + p->at, m->grads + p->offset, p->count, to);
+    }
+}
+
+// After the update: every rank gets the others' parameters.
+static void gather_parameters(Model *m) {
+    for (int i = 0; i < m->shard.count; i++) {
+        const Piece *p = &m->shard.piece[i];
+        if (p->owner == SHARD_ALL) continue;
+        dist_broadcast(m->dist, m->params + p->offset, p->count * sizeof(float), p->owner);
+    }
+}
+
+// Root of the sum of squares of all gradients: of each tensor's pieces by rank, tensor by tensor.
+// What every rank has, rank 0 counts.
+static double model_grad_norm(Model *m) {
+    const ShardPlan *s = &m->shard;
+    size_t count = (size_t)m->table.count;
+    double *mine = die_alloc(count, sizeof *mine, "norms of gradients"), sum = 0;
+    for (int i = shard_next(s, 0); i < s->count; i = shard_next(s, i + 1)) {
+        const Piece *p = &s->piece[i];
+        if (p->owner == SHARD_ALL && s->rank > 0) continue;
+        mine[p->tensor - m->table.tensor] = sum_squares(m->sums + p->at, p->count);
+    }
+    dist_all_gather(m->dist, m->squares, mine, count * sizeof *mine);
+    for (size_t i = 0; i < count; i++) {
+        double tensor = 0;
+        for (int r = 0; r < s->world; r++) tensor += m->squares[(size_t)r * count + i];
+        sum += tensor;
+    }
+    free(mine);
     return sqrt(sum);
 }
 
-// Updates every tensor from its gradient; step `it` of plan->steps. grad_norm: of model_grad_norm.
+// Updates every piece that this rank owns from its gradient; step `it` of plan->steps. grad_norm:
+// of model_grad_norm.
 static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it, double grad_norm) {
     Schedule now = schedule_at(it, plan->steps, f->warmup);
+    const ShardPlan *s = &m->shard;
     double clip = f->grad_clip > 0 ? fmin(1, f->grad_clip / (grad_norm + 1e-6)) : 1;
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *x = &m->table.tensor[i];
+    for (int i = shard_next(s, 0); i < s->count; i = shard_next(s, i + 1)) {
+        const Piece *piece = &s->piece[i];
+        const Tensor *x = piece->tensor;
         if (x->frozen) continue;
         GroupNumbers k = plan_group(plan, f, &m->cfg, x->group);
         double lr = schedule_lr(now, k, x->group);
-        float *p = m->params + x->offset, *first = m->state1 + x->offset,
-              *second = m->state2 + x->state;
-        const float *g = m->grads + x->offset;
+        float *p = m->params + piece->offset, *first = m->state1 + piece->at,
+              *second = m->state2 + piece->state;
+        const float *g = m->sums + piece->at;
         if (x->group == GROUP_MATRIX)
             muon_update(p, first, second, g, clip, now.momentum, k.beta2, lr, k.wd * now.wd,
                         x->rows, x->cols, &m->muon);
         else
-            adamw_update(p, first, second, g, clip, k, lr, it + 1, tensor_numel(x));
+            adamw_update(p, first, second, g, clip, k, lr, it + 1, piece->count);
     }
 }
 
@@ -1067,41 +1130,73 @@ static void model_update(Model *m, const Flags *f, const Plan *plan, int64_t it,
 // A whole step, and the program.
 
 // Notes the first row of a micro-batch whose loss is not finite, and where it came from.
-static void find_bad_row(StepResult *s, const double *losses /* (B, T) */, const Loader *l,
-                         const Phase *phase, int64_t micro) {
+static void find_bad_row(RankResult *mine, LoaderOrigin *origin, const double *losses /* (B, T) */,
+                         const Loader *l, const Phase *phase, int64_t micro) {
     int64_t t = 0, n = (int64_t)phase->micro_rows * phase->T;
     while (t < n && isfinite(losses[t])) t++;
     if (t == n) return;
-    s->bad_row = micro * phase->micro_rows + t / phase->T;
-    s->origin = loader_origin(l, (int)(t / phase->T));
+    mine->bad_row = (micro * l->ranks + l->rank) * phase->micro_rows + t / phase->T;
+    *origin = loader_origin(l, (int)(t / phase->T));
 }
 
-StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
-                      const Flags *flags, int64_t step, StepTrace *trace) {
+// Loss and gradients of this rank's part of the loader's next batch.
+static RankResult model_gradients(Model *m, Loader *loader, const Phase *phase,
+                                  LoaderOrigin *origin, StepTrace *trace) {
+    RankResult mine = {0, -1, -1, 0, STOP_NO};
     int64_t tokens = (int64_t)phase->micro_rows * phase->T;
-    StepResult s;
-    memset(&s, 0, sizeof s);
-    s.bad_row = -1;
     loader_require_length(loader, phase->T);
     memset(m->grads, 0, m->table.numel * sizeof(float));
     for (int64_t micro = 0; micro < phase->micro_steps; micro++) {
         int *inputs = trace ? trace->tokens + micro * tokens : m->a.inputs;
         int *targets = trace ? trace->targets + micro * tokens : m->a.targets;
         loader_next(loader, inputs, targets, phase->micro_rows);
-        if (micro == 0) s.origin = loader_origin(loader, 0);
+        if (micro == 0) *origin = loader_origin(loader, 0);
         double sum = model_accumulate(m, inputs, targets, phase,
                                       trace ? trace->logits + micro * tokens * m->cfg.V : NULL);
-        s.loss += sum;
-        if (!isfinite(sum) && s.bad_row < 0) find_bad_row(&s, m->a.losses, loader, phase, micro);
+        mine.loss += sum;
+        if (!isfinite(sum) && mine.bad_row < 0)
+            find_bad_row(&mine, origin, m->a.losses, loader, phase, micro);
     }
-    s.loss /= (double)phase->batch;
+    return mine;
+}
+
+// What all ranks found, in one: the loss, what was asked, and what is not finite and who can tell,
+// the rank with the first row or else the one with the first tensor that backward came to.
+static void add_results(StepResult *s, Model *m, const RankResult *mine) {
+    RankResult all[SHARD_MAX_RANKS];
+    const RankResult *row = NULL, *tensor = NULL;
+    dist_all_gather(m->dist, all, mine, sizeof *mine);
+    for (const RankResult *r = all; r < all + m->dist->world; r++) {
+        s->loss += r->loss;
+        if (r->asked > s->asked) s->asked = r->asked;
+        if (r->bad_row >= 0 && (!row || r->bad_row < row->bad_row)) row = r;
+        if (r->bad_tensor >= 0 && (!tensor || r->bad_place > tensor->bad_place)) tensor = r;
+    }
+    s->bad_row = row ? row->bad_row : -1;
+    s->teller = row ? (int)(row - all) : tensor ? (int)(tensor - all) : 0;
+    if (!row && tensor) s->bad_tensor = m->table.tensor[tensor->bad_tensor].name;
+}
+
+StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
+                      const Flags *flags, int64_t step, StopRequest asked, StepTrace *trace) {
+    StepResult s;
+    memset(&s, 0, sizeof s);
+    RankResult mine = model_gradients(m, loader, phase, &s.origin, trace);
+    sum_gradients(m);
     s.grad_norm = model_grad_norm(m);
+    if (!isfinite(s.grad_norm)) {
+        const Tensor *bad = shard_find_nonfinite(&m->shard, m->sums, &mine.bad_place);
+        if (bad) mine.bad_tensor = (int)(bad - m->table.tensor);
+    }
+    mine.asked = asked;
+    add_results(&s, m, &mine);
+    s.loss /= (double)phase->batch;
     s.at = loader_state(loader);
     s.finite = isfinite(s.loss) && isfinite(s.grad_norm);
-    if (isfinite(s.loss) && !s.finite)
-        s.bad_tensor = table_find_nonfinite(&m->table, m->grads, true)->name;
     if (trace) memcpy(trace->grads, m->grads, m->table.numel * sizeof(float));
-    if (s.finite) model_update(m, flags, plan, step, s.grad_norm);
+    if (!s.finite) return s;
+    model_update(m, flags, plan, step, s.grad_norm);
+    gather_parameters(m);
     return s;
 }
 

@@ -42,6 +42,7 @@
 #include "llmc/classifier.cuh"   // classifier, loss_reduce
 #include "llmc/cuda_common.cuh"  // floatX, Gpu, gpu_init, gpu_alloc, Trace, trace_op
 #include "llmc/dataloader.h"     // Loader, loader_state
+#include "llmc/dist.h"           // Dist
 #include "llmc/embed.cuh"        // embed_norm_forward, embed_backward
 #include "llmc/feed.cuh"         // Feed, feed_load, feed_put, feed_send, feed_get
 #include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad
@@ -825,7 +826,7 @@ static StepResult step_result(Model *m, const Phase *phase, int first_slot) {
 }
 
 StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *plan,
-                      const Flags *flags, int64_t step, StepTrace *trace) {
+                      const Flags *flags, int64_t step, StopRequest asked, StepTrace *trace) {
     cudaStream_t s = m->stream;
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
@@ -843,7 +844,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     }
     CUDA_CHECK(cudaStreamSynchronize(s));
     StepResult result = step_result(m, phase, first_slot);
-    result.at = at;
+    result.at = at, result.asked = asked;
     if (trace)
         CUDA_CHECK(cudaMemcpy(trace->grads, m->grads, m->table.numel * sizeof(float),
                               cudaMemcpyDeviceToHost));
@@ -1024,7 +1025,7 @@ static int memory_rows(DescribeMemory *rows, Model *m, const Phase *most) {
     return sizeof list / sizeof *list;
 }
 
-int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan) {
+int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan, const ShardPlan *) {
     Phase most = phase_largest(plan, c);
     Model *m = (Model *)die_alloc(1, sizeof *m, "a model");
     model_require(c, plan);
@@ -1075,8 +1076,11 @@ static void tune_products(Model *m, int n, size_t bytes) {
     }
 }
 
-void model_init(Model *m, const Config *cfg, const Plan *plan, uint32_t seed, bool test_init) {
+void model_init(Model *m, const Config *cfg, const Plan *plan, const Dist *dist, uint32_t seed,
+                bool test_init) {
     Phase most = phase_largest(plan, cfg);
+    if (dist->world > 1)
+        die(EXIT_USAGE, "found %d ranks, expected 1: this program trains on one GPU", dist->world);
     memset(m, 0, sizeof *m);
     m->cfg = *cfg, m->recompute = plan->recompute;
     model_require(cfg, plan);

@@ -10,9 +10,14 @@
 // anywhere is found. Where a step is saved again, the save that was there stands as
 // step_00000100.old until the new one has its place.
 //
-// ckpt_save and ckpt_prune return 0, or -1 with the reason in io_error: training goes on without
-// them. ckpt_find and ckpt_load leave with EXIT_CHECKPOINT: a run that cannot go on from the save
-// it was told to must not start over.
+// A rank saves the optimizer state that it has. Of a tensor that several share, its part is called
+// NAME@K, from index K of the first axis on. What loads takes the parts it needs from wherever they
+// are, so a save of 2 ranks serves 1, or 8.
+//
+// Whoever saves calls ckpt_begin, ckpt_write_rank for each rank, ckpt_finish. They and ckpt_prune
+// return 0, or -1 with the reason in io_error: training goes on without them. ckpt_find leaves
+// with EXIT_CHECKPOINT: a run that cannot go on from the save it was told to must not start over.
+// Loading is restore.h's.
 #ifndef LLMC_CHECKPOINT_H
 #define LLMC_CHECKPOINT_H
 
@@ -160,24 +165,30 @@ static inline int ckpt_commit(const CkptMeta *meta, const char *temporary) {
     return ckpt_publish(temporary, place);
 }
 
-// Saves a step. On -1 the temporary folder is gone and the saves from before stand.
-static inline int ckpt_save(const char *out, const CkptMeta *meta, StTensor *model, int model_count,
-                            StTensor *optim, int optim_count) {
-    char temporary[IO_PATH_MAX], path[IO_PATH_MAX], reason[sizeof io_error];
-    bool failed = ckpt_begin(out, meta->step, temporary);
-    if (!failed) {
-        ckpt_join(path, temporary, "model.safetensors");
-        failed = st_write(path, model, model_count, NULL, 0);
-    }
-    if (!failed) {
-        ckpt_join(path, temporary, "optim_rank000.safetensors");
-        failed = st_write(path, optim, optim_count, NULL, 0);
-    }
-    failed = failed || ckpt_commit(meta, temporary);
-    if (!failed) return 0;
+// Writes what a rank has of the optimizer's state into the folder of ckpt_begin.
+static inline int ckpt_write_rank(const char *temporary, int rank, StTensor *optim, int count) {
+    char path[IO_PATH_MAX], name[40];
+    snprintf(name, sizeof name, "optim_rank%03d.safetensors", rank);
+    ckpt_join(path, temporary, name);
+    return st_write(path, optim, count, NULL, 0);
+}
+
+// Removes an unfinished save; io_error stays what it was.
+static inline void ckpt_abandon(const char *temporary) {
+    char reason[sizeof io_error];
     memcpy(reason, io_error, sizeof reason);
     io_remove(temporary);
     memcpy(io_error, reason, sizeof reason);
+}
+
+// Writes the parameters, when all ranks have written, and gives the save its name. On -1 the
+// temporary folder is gone and the saves from before stand.
+static inline int ckpt_finish(const CkptMeta *meta, const char *temporary, StTensor *model,
+                              int count) {
+    char path[IO_PATH_MAX];
+    ckpt_join(path, temporary, "model.safetensors");
+    if (!st_write(path, model, count, NULL, 0) && !ckpt_commit(meta, temporary)) return 0;
+    ckpt_abandon(temporary);
     return -1;
 }
 
@@ -368,64 +379,6 @@ static inline bool ckpt_find(const char *out, const char *which, char folder[IO_
             count == 1 ? "" : "s", count == 1 ? "it" : "them");
     free(entries);
     return i < count;
-}
-
-// ---------------------------------------------------------------------------------------------
-// Loading.
-
-// Opens a tensor file of a save and compares its tensors with the expected ones.
-static inline void ckpt_open(StFile *f, const char *folder, const char *name, const CkptMeta *meta,
-                             const StTensor *expected, int n) {
-    char path[IO_PATH_MAX], there[96], here[96];
-    const char *flags = ckpt_find_note(meta, "flags");
-    ckpt_join(path, folder, name);
-    if (st_open(f, path)) die(EXIT_CHECKPOINT, "%s", io_error);
-    for (int i = 0; i < n; i++) {
-        const StTensor *e = &expected[i], *t = st_find(f, e->name);
-        if (!t)
-            die(EXIT_CHECKPOINT,
-                "%s: tensor %s is missing; the flags must be those of the save: %s", path, e->name,
-                flags ? flags : "not noted");
-        bool fits = t->dtype == e->dtype && t->ndim == e->ndim;
-        for (int d = 0; fits && d < t->ndim; d++) fits = t->shape[d] == e->shape[d];
-        if (!fits)
-            die(EXIT_CHECKPOINT,
-                "%s: tensor %s: found %s %s, expected %s %s; the flags must be those "
-                "of the save: %s",
-                path, e->name, st_dtype_name[t->dtype], st_shape_text(t, there, sizeof there),
-                st_dtype_name[e->dtype], st_shape_text(e, here, sizeof here),
-                flags ? flags : "not noted");
-    }
-    for (int i = 0; i < f->count; i++) {
-        int k = 0;
-        while (k < n && strcmp(expected[k].name, f->tensors[i].name)) k++;
-        if (k == n)
-            die(EXIT_CHECKPOINT,
-                "%s: found tensor %s, which these flags have no place for; they must "
-                "be those of the save: %s",
-                path, f->tensors[i].name, flags ? flags : "not noted");
-    }
-}
-
-// Reads every expected tensor to its `data`.
-static inline void ckpt_fill(StFile *f, const StTensor *expected, int n) {
-    for (int i = 0; i < n; i++)
-        if (st_read(f, st_find(f, expected[i].name), (void *)expected[i].data))
-            die(EXIT_CHECKPOINT, "%s", io_error);
-    st_close(f);
-}
-
-// Loads a save. `model` and `optim` are the tensors as for ckpt_save; their `data` are filled. With
-// no `optim` tensors the state of the optimizer is left alone. Nothing is filled before all names,
-// dtypes and shapes were found right. ckpt_meta_free(meta) is due.
-static inline void ckpt_load(const char *folder, CkptMeta *meta, const StTensor *model,
-                             int model_count, const StTensor *optim, int optim_count) {
-    StFile fm, fo;
-    if (ckpt_read_meta(folder, meta)) die(EXIT_CHECKPOINT, "%s", io_error);
-    ckpt_open(&fm, folder, "model.safetensors", meta, model, model_count);
-    if (optim_count) ckpt_open(&fo, folder, "optim_rank000.safetensors", meta, optim, optim_count);
-    ckpt_fill(&fm, model, model_count);
-    if (optim_count) ckpt_fill(&fo, optim, optim_count);
 }
 
 // ---------------------------------------------------------------------------------------------

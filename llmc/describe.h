@@ -1,5 +1,5 @@
 // describe.h: what --dry-run prints: the flags in force, the table of parameters with counts, the
-// model's cost, batch and length of the run, and the schedules at five points of it.
+// model's cost, batch and length of the run, what each rank has, and the schedules at five points.
 #ifndef LLMC_DESCRIBE_H
 #define LLMC_DESCRIBE_H
 
@@ -7,6 +7,7 @@
 
 #include "llmc/model.h"     // Config, Table
 #include "llmc/schedule.h"  // Plan, plan_group, schedule_at, schedule_lr
+#include "llmc/shard.h"     // ShardPlan
 
 // The init distribution in words.
 static inline const char *describe_init(const Init *i, char *buffer, size_t size) {
@@ -69,6 +70,22 @@ static inline void describe_memory(FILE *out, const DescribeMemory *rows, int co
         sum += rows[i].bytes;
     }
     fprintf(out, "  %-34s %10.1f MiB\n", "all", sum / 1048576);
+}
+
+// What each of several ranks has: optimizer state, FLOPs of Polar Express a step, and how much more
+// of them the one with the most has than the mean. Nothing of one rank alone.
+static inline void describe_shard(FILE *out, const ShardPlan *s) {
+    double most = 0, sum = 0;
+    if (s->world == 1) return;
+    fprintf(out, "\n%4s %24s %24s\n", "rank", "optimizer state, MiB", "Muon, TFLOP a step");
+    for (int r = 0; r < s->world; r++) {
+        const ShardRank *x = &s->share[r];
+        fprintf(out, "%4d %24.1f %24.4f\n", r,
+                (double)(x->numel + x->state_numel) * sizeof(float) / 1048576, 1e-12 * x->flops);
+        sum += x->flops, most = x->flops > most ? x->flops : most;
+    }
+    fprintf(out, "most of Muon's work: %.1f%% above the mean\n",
+            100 * (sum > 0 ? most * s->world / sum - 1 : 0));
 }
 
 static inline void describe_plan(FILE *out, const Plan *p, const Flags *f, const Config *c) {

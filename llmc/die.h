@@ -27,12 +27,17 @@ enum {
 
 static int die_rank = -1;  // set by a program with several ranks; -1: do not print one
 
+// What every rank would say of the same flags, rank 0 says for all. The others are silent about
+// warnings, or about errors, too, and only leave with the code.
+static enum { DIE_SPEAKS, DIE_NO_WARNINGS, DIE_SILENT } die_voice = DIE_SPEAKS;
+
 static inline void die_print(const char *kind, const char *format, va_list args) {
+    char line[4096], rank[24] = "";
+    if (die_rank >= 0) snprintf(rank, sizeof rank, "[rank %d] ", die_rank);
+    int n = snprintf(line, sizeof line, "%s%s: ", rank, kind);
+    vsnprintf(line + n, sizeof line - (size_t)n, format, args);
     fflush(stdout);
-    if (die_rank >= 0) fprintf(stderr, "[rank %d] ", die_rank);
-    fprintf(stderr, "%s: ", kind);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    fprintf(stderr, "%s\n", line);  // at one go: ranks may speak at the same time
 }
 
 // Prints one line to stderr and leaves with `code`, one of the EXIT_ values above.
@@ -40,16 +45,24 @@ __attribute__((noreturn, format(printf, 2, 3))) static inline void die(int code,
                                                                        ...) {
     va_list args;
     va_start(args, format);
-    die_print("error", format, args);
+    if (die_voice != DIE_SILENT) die_print("error", format, args);
     va_end(args);
     exit(code);
+}
+
+// Prints the line of die() and goes on: for who has something to finish before it leaves.
+__attribute__((format(printf, 1, 2))) static inline void die_say(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    die_print("error", format, args);
+    va_end(args);
 }
 
 // Prints one line to stderr and goes on.
 __attribute__((format(printf, 1, 2))) static inline void warn(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    die_print("warning", format, args);
+    if (die_voice == DIE_SPEAKS) die_print("warning", format, args);
     va_end(args);
 }
 

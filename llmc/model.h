@@ -12,6 +12,7 @@
 #ifndef LLMC_MODEL_H
 #define LLMC_MODEL_H
 
+#include <limits.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -288,19 +289,29 @@ static inline int tensor_place(const Tensor *x, size_t element) {
     return layer * ROLE_COUNT + (int)x->role;
 }
 
+// Whether a tensor has, among its elements from .. from + count - 1, one that is not finite and
+// that forward, or backward, comes to before *place, which it then sets; table_no_place to begin.
+static inline bool tensor_find_nonfinite(const Tensor *x, const float *elements, size_t from,
+                                         size_t count, bool backward, int *place) {
+    bool found = false;
+    for (size_t e = 0; e < count; e++) {
+        if (isfinite(elements[e])) continue;
+        int here = tensor_place(x, from + e);
+        if (backward ? here > *place : here < *place) *place = here, found = true;
+    }
+    return found;
+}
+static inline int table_no_place(bool backward) { return backward ? INT_MIN : INT_MAX; }
+
 // The tensor of an arena in which something not finite arose: of those with such an element the
 // first that forward comes to, or, for gradients, backward, as one spoils all after it. NULL: none.
 static inline const Tensor *table_find_nonfinite(const Table *t, const float *arena /* (numel) */,
                                                  bool backward) {
     const Tensor *found = NULL;
-    int first = 0;
-    for (int i = 0; i < t->count; i++)
-        for (size_t e = 0; e < tensor_numel(&t->tensor[i]); e++) {
-            if (isfinite(arena[t->tensor[i].offset + e])) continue;
-            int place = tensor_place(&t->tensor[i], e);
-            if (!found || (backward ? place > first : place < first))
-                found = &t->tensor[i], first = place;
-        }
+    int place = table_no_place(backward);
+    for (const Tensor *x = t->tensor; x < t->tensor + t->count; x++)
+        if (tensor_find_nonfinite(x, arena + x->offset, 0, tensor_numel(x), backward, &place))
+            found = x;
     return found;
 }
 

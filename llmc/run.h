@@ -8,6 +8,9 @@
 // The model is behind the functions declared first: train_gpt2.c brings them for the CPU,
 // train_gpt2.cu for a GPU. This file knows its parameters by the table (model.h), and as arenas of
 // host memory only where it saves, loads or dumps them.
+//
+// Of several ranks (dist.h), each runs all of this on its own rows; rank 0 alone logs, speaks and
+// has --out, but for the part of a save that each writes.
 #ifndef LLMC_RUN_H
 #define LLMC_RUN_H
 
@@ -19,16 +22,19 @@
 #include <string.h>
 
 #include "llmc/check.h"       // check_flags, check_saved_flags, check_out
-#include "llmc/checkpoint.h"  // ckpt_save, ckpt_find, ckpt_load, ckpt_prune
+#include "llmc/checkpoint.h"  // ckpt_begin, ckpt_write_rank, ckpt_finish, ckpt_find, ckpt_prune
 #include "llmc/dataloader.h"  // loader_init, loader_val_next, loader_state
 #include "llmc/describe.h"    // describe_model, describe_table, describe_plan
 #include "llmc/die.h"         // die, die_alloc, warn
+#include "llmc/dist.h"        // Dist, dist_init, dist_all_gather, dist_broadcast
 #include "llmc/dump.h"        // dump_add, dump_add_all
 #include "llmc/flags.h"       // Flags, flags_parse
 #include "llmc/logger.h"      // log_open, log_row, log_write_run, log_seconds
 #include "llmc/model.h"       // Config, Table, table_init, table_find_nonfinite
+#include "llmc/restore.h"     // restore_save
 #include "llmc/sampler.h"     // sampler_pick, sampler_print
 #include "llmc/schedule.h"    // Plan, Phase, schedule_at
+#include "llmc/shard.h"       // ShardPlan, Piece, shard_init, shard_next
 #include "llmc/stop.h"        // stop_listen, stop_poll
 #include "llmc/tokenizer.h"   // tokenizer_init, tokenizer_encode, tokenizer_decode
 
@@ -40,13 +46,15 @@ typedef struct Model Model;  // the trainer's own
 // Most tokens of a micro-batch where --micro-batch does not say how many rows; a pure function.
 int model_micro_tokens(const Config *, int recompute);
 
-// Takes all memory of a run with this plan and fills the parameters; model_free releases it.
-void model_init(Model *, const Config *, const Plan *, uint32_t seed, bool test_init);
+// Takes all memory of a run with this plan and fills the parameters; model_free releases it. The
+// ranks must stay where they are.
+void model_init(Model *, const Config *, const Plan *, const Dist *, uint32_t seed, bool test_init);
 void model_free(Model *);
 
 // The memory that model_init would take, by kind, for --dry-run. Returns the number of rows.
 enum { MODEL_MEMORY_ROWS = 16 };
-int model_memory(DescribeMemory *rows /* (MODEL_MEMORY_ROWS) */, const Config *, const Plan *);
+int model_memory(DescribeMemory *rows /* (MODEL_MEMORY_ROWS) */, const Config *, const Plan *,
+                 const ShardPlan *);
 
 typedef struct {
     const char *program;  // "train_gpt2 (CPU, FP32)"
@@ -56,21 +64,26 @@ typedef struct {
 } ModelFacts;
 ModelFacts model_facts(const Model *);
 
-// Parameters and the optimizer's two states in host memory, laid out by the table. On the CPU they
-// are the model's own arenas, on a GPU copies: what is changed counts after model_upload.
+// Parameters in host memory, laid out by the table, and this rank's part of the optimizer's two
+// states, laid out by shard.h. On the CPU they are the model's own arenas, on a GPU copies: what is
+// changed counts after model_upload.
 typedef struct {
-    float *params, *first;  // (table.numel) each
-    float *second;          // (table.state_numel)
+    float *params;  // (table.numel)
+    float *first;   // (numel of the rank)
+    float *second;  // (state_numel of the rank)
 } ModelState;
 ModelState model_download(Model *);
 void model_upload(Model *, ModelState);
 void model_state_free(Model *, ModelState);
 
 // A whole step: gradients of the loader's next batch, their norm, the update. When loss or norm is
-// not finite there is no update. trace: where to keep what --dump wants, or NULL.
+// not finite there is no update. asked: what this rank was told from outside; the loss takes it to
+// the others. trace: where to keep what --dump wants, or NULL.
 typedef struct {
     double loss, grad_norm;
-    bool finite;             // both of them
+    bool finite;        // both of them
+    StopRequest asked;  // the most that any rank was told
+    int teller;         // of what is not finite: the first rank that found it, and can say more
     const char *bad_tensor;  // whose gradient was the first not to be; NULL: none, or the loss was
     int64_t bad_row;         // first of the step's rows whose loss is not finite, or -1
     LoaderOrigin origin;     // of that row, else of the step's first
@@ -82,7 +95,7 @@ typedef struct {
     float *grads;           // (table.numel)
 } StepTrace;
 StepResult model_step(Model *, Loader *, const Phase *, const Plan *, const Flags *, int64_t step,
-                      StepTrace *trace);
+                      StopRequest asked, StepTrace *trace);
 
 // Nats of each target, without gradients. rows * T is at most a micro-batch.
 void model_losses(Model *, const int *inputs /* (rows, T) */, const int *targets /* (rows, T) */,
@@ -97,6 +110,7 @@ void model_logits(Model *, const int *tokens /* (count) */, int count, const Pha
 
 typedef struct {
     double started;  // the process: seconds of log_seconds
+    Dist dist;
     Arg args[FLAGS_COUNT];
     Flags flags;
     char *flags_text;  // the flags that were given, on one line
@@ -105,6 +119,7 @@ typedef struct {
     bool bestfit, keep_tails, test_init;  // --packing, --tails, --init
     Config cfg;
     Table table;
+    ShardPlan shard;
     Plan plan;
     Model *model;
     ModelFacts facts;
@@ -136,52 +151,78 @@ static inline void run_configure(Run *r, int argc, char **argv) {
     r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
                                r->has_tokenizer ? r->tokenizer.bos : -1);
     int micro_tokens = model_micro_tokens(&r->cfg, f->recompute);
-    r->plan = plan_from_flags(f, &r->cfg, 1, micro_tokens);
+    r->plan = plan_from_flags(f, &r->cfg, r->dist.world, micro_tokens);
     check_micro_batch(f, &r->cfg, &r->plan, micro_tokens);
     table_init(&r->table, &r->cfg);
+    shard_init(&r->shard, &r->table, r->dist.rank, r->dist.world);
+    if (*f->dump && r->dist.world > 1)
+        die(EXIT_USAGE, "--dump: found %d ranks, expected 1; a dump is of one", r->dist.world);
 }
 
 // --dry-run.
 static inline void run_describe(const Run *r) {
     DescribeMemory memory[MODEL_MEMORY_ROWS];
-    int rows = model_memory(memory, &r->cfg, &r->plan);
+    int rows = model_memory(memory, &r->cfg, &r->plan, &r->shard);
     args_echo(stdout, r->args, FLAGS_COUNT, true);
     describe_model(stdout, &r->cfg);
     describe_table(stdout, &r->table, &r->plan, &r->flags, &r->cfg);
     describe_memory(stdout, memory, rows);
+    describe_shard(stdout, &r->shard);
     describe_plan(stdout, &r->plan, &r->flags, &r->cfg);
 }
 
 // --- saves -------------------------------------------------------------------------------------
 
-// The tensors of a save, in the table's order: parameters, or the optimizer's two states of each.
-// Returns their number; *out is the caller's to free.
-static inline int run_tensors(const Table *t, ModelState s, bool optimizer, StTensor **out) {
-    int n = 0;
-    *out = (StTensor *)die_alloc((size_t)t->count * 2, sizeof **out, "the list of tensors");
+// The tensors of model.safetensors, in the table's order. Returns their number; *out is the
+// caller's to free.
+static inline int run_params(const Table *t, ModelState s, StTensor **out) {
+    *out = (StTensor *)die_alloc((size_t)t->count, sizeof **out, "the list of tensors");
     for (int i = 0; i < t->count; i++) {
         const Tensor *x = &t->tensor[i];
-        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols}, count = x->state_count;
+        uint64_t shape[2] = {(uint64_t)x->rows, (uint64_t)x->cols};
         const uint64_t *dims = x->ndim == 2 ? shape : shape + 1;
-        if (!optimizer) {
-            (*out)[n++] = st_tensor(x->name, ST_F32, x->ndim, dims, s.params + x->offset);
-            continue;
-        }
-        char name[64];
-        snprintf(name, sizeof name, "%s.first", x->name);
-        (*out)[n++] = st_tensor(name, ST_F32, x->ndim, dims, s.first + x->offset);
-        snprintf(name, sizeof name, "%s.second", x->name);
-        (*out)[n++] = st_tensor(name, ST_F32, 1, &count, s.second + x->state);
+        (*out)[i] = st_tensor(x->name, ST_F32, x->ndim, dims, s.params + x->offset);
+    }
+    return t->count;
+}
+
+// "wte.first"; of a part, "wte.first@640" (checkpoint.h).
+static inline const char *run_state_name(char name[80], const Piece *p, const char *state,
+                                         size_t from) {
+    int n = snprintf(name, 80, "%s.%s", p->tensor->name, state);
+    if (p->rows < p->tensor->rows) snprintf(name + n, 80 - (size_t)n, "@%zu", from);
+    return name;
+}
+
+// The optimizer's two states of this rank's pieces, likewise. What every rank has, rank 0 saves;
+// to load it, all want it.
+static inline int run_states(const ShardPlan *s, ModelState m, bool saving, StTensor **out) {
+    int n = 0;
+    *out = (StTensor *)die_alloc((size_t)s->count * 2, sizeof **out, "the list of tensors");
+    for (int i = shard_next(s, 0); i < s->count; i = shard_next(s, i + 1)) {
+        const Piece *p = &s->piece[i];
+        if (saving && p->owner == SHARD_ALL && s->rank > 0) continue;
+        char name[80];
+        uint64_t shape[2] = {(uint64_t)p->rows, (uint64_t)p->tensor->cols}, count = p->state_count;
+        int ndim = p->tensor->ndim;
+        run_state_name(name, p, "first", (size_t)p->row);
+        (*out)[n++] = st_tensor(name, ST_F32, ndim, shape + 2 - ndim, m.first + p->at);
+        run_state_name(name, p, "second", p->state_first);
+        (*out)[n++] = st_tensor(name, ST_F32, 1, &count, m.second + p->state);
     }
     return n;
 }
 
-// Returns false, with a warning, when the step could not be saved.
-static inline bool run_save(Run *r) {
-    ModelState state = model_download(r->model);
-    StTensor *params, *states;
-    int n = run_tensors(&r->table, state, false, &params),
-        k = run_tensors(&r->table, state, true, &states);
+// Whether any rank says so.
+static inline bool run_any(const Run *r, bool mine) {
+    bool all[SHARD_MAX_RANKS] = {false}, any = false;
+    dist_all_gather(&r->dist, all, &mine, sizeof mine);
+    for (int i = 0; i < r->dist.world; i++) any |= all[i];
+    return any;
+}
+
+// What rank 0 notes beside the tensors.
+static inline CkptMeta run_meta(const Run *r) {
     CkptMeta meta;
     memset(&meta, 0, sizeof meta);
     meta.step = r->step, meta.tokens = r->tokens;
@@ -189,26 +230,53 @@ static inline bool run_save(Run *r) {
     meta.loader_row = r->at.row, meta.loader_fingerprint = r->at.fingerprint;
     ckpt_note(&meta, "flags", r->flags_text);
     ckpt_note(&meta, "shards", loader_describe(&r->loader));
-    bool saved = ckpt_save(r->flags.out, &meta, params, n, states, k) == 0;
-    if (!saved)
-        warn("step %lld is not saved: %s", (long long)r->step, io_error);
-    else if (ckpt_prune(r->flags.out, r->flags.keep, r->flags.keep_every))
+    return meta;
+}
+
+// All ranks save together: rank 0 makes the folder, each writes its part of the optimizer's state,
+// rank 0 the parameters and the rest. Returns false, on all, with a warning of the one that failed,
+// when the step could not be saved.
+static inline bool run_save(Run *r) {
+    bool first = r->dist.rank == 0;
+    char folder[IO_PATH_MAX] = "";
+    ModelState state = model_download(r->model);
+    StTensor *params, *states;
+    int n = run_params(&r->table, state, &params), k = run_states(&r->shard, state, true, &states);
+    bool failed = first && ckpt_begin(r->flags.out, r->step, folder), mine = failed;
+    bool begun = !run_any(r, failed);
+    if (begun) {
+        dist_broadcast(&r->dist, folder, sizeof folder, 0);
+        failed = mine = ckpt_write_rank(folder, r->dist.rank, states, k) != 0;
+        if (run_any(r, failed)) {
+            failed = true;
+            if (first) ckpt_abandon(folder);
+        } else {
+            CkptMeta meta = run_meta(r);
+            mine = first && ckpt_finish(&meta, folder, params, n);
+            failed = run_any(r, mine);
+        }
+    }
+    if (mine) warn("step %lld is not saved: %s", (long long)r->step, io_error);
+    if (!failed && first && ckpt_prune(r->flags.out, r->flags.keep, r->flags.keep_every))
         warn("old saves are not removed: %s", io_error);
     free(params), free(states);
     model_state_free(r->model, state);
-    return saved;
+    return begun && !failed;
 }
 
-// --resume: parameters, optimizer, place in the data and step of a save, when there is one.
+// --resume: parameters, optimizer, place in the data and step of a save, when there is one. Rank 0
+// looks for it, all load what they need of it.
 static inline void run_resume(Run *r) {
-    char folder[IO_PATH_MAX];
-    if (!*r->flags.resume || !ckpt_find(r->flags.out, r->flags.resume, folder)) return;
+    char folder[IO_PATH_MAX] = "";
+    if (!*r->flags.resume) return;
+    if (r->dist.rank == 0 && !ckpt_find(r->flags.out, r->flags.resume, folder)) *folder = 0;
+    dist_broadcast(&r->dist, folder, sizeof folder, 0);
+    if (!*folder) return;
     ModelState state = model_download(r->model);
     StTensor *params, *states;
-    int n = run_tensors(&r->table, state, false, &params),
-        k = run_tensors(&r->table, state, true, &states);
+    int n = run_params(&r->table, state, &params), k = run_states(&r->shard, state, false, &states);
     CkptMeta meta;
-    ckpt_load(folder, &meta, params, n, states, k);
+    restore_save(folder, &meta, params, n, states, k);
     model_upload(r->model, state);
     model_state_free(r->model, state);
     LoaderState at = {meta.loader_seed, meta.loader_epoch, meta.loader_row,
@@ -227,28 +295,40 @@ static inline void run_resume(Run *r) {
 
 // --- validation and samples --------------------------------------------------------------------
 
+// Of the targets of a validation: nats of all, and of those that are text; their number; bytes.
+typedef struct {
+    double nats, text_nats;
+    int64_t count, bytes;
+} RunSums;
+
 // Mean loss over the targets of --val-tokens, and bits per byte: the nats of targets other than BOS
 // over ln 2 times their bytes. They stay NaN where there is no --val, or no tokenizer to count
 // bytes.
 static inline void run_validate(Run *r, LogRow *row) {
-    double nats = 0, text_nats = 0;
-    int64_t count = 0, bytes = 0, T = r->cfg.T;
+    RunSums mine = {0, 0, 0, 0}, sum = mine, all[SHARD_MAX_RANKS] = {mine};
+    int64_t T = r->cfg.T;
     Phase phase = phase_at(&r->plan, &r->cfg, r->step);
     if (!*r->flags.val) return;
     loader_val_rewind(&r->val);
     while (loader_val_more(&r->val)) {
         int rows = loader_val_next(&r->val, r->inputs, r->targets, r->plan.micro_rows);
+        if (!rows) continue;  // the last rows went to the ranks before this one
         model_losses(r->model, r->inputs, r->targets, rows, (int)T, &phase, r->losses);
         for (int64_t t = 0; t < rows * T; t++) {
-            nats += r->losses[t];
+            mine.nats += r->losses[t];
             if (r->targets[t] == r->cfg.bos || !r->has_tokenizer) continue;
-            text_nats += r->losses[t];
-            bytes += tokenizer_byte_count(&r->tokenizer, r->targets[t]);
+            mine.text_nats += r->losses[t];
+            mine.bytes += tokenizer_byte_count(&r->tokenizer, r->targets[t]);
         }
-        count += rows * T;
+        mine.count += rows * T;
     }
-    row->val_loss = nats / (double)count;
-    if (bytes) row->val_bpb = text_nats / (log(2) * (double)bytes);
+    dist_all_gather(&r->dist, all, &mine, sizeof mine);
+    for (int i = 0; i < r->dist.world; i++) {
+        sum.nats += all[i].nats, sum.text_nats += all[i].text_nats;
+        sum.count += all[i].count, sum.bytes += all[i].bytes;
+    }
+    row->val_loss = sum.nats / (double)sum.count;
+    if (sum.bytes) row->val_bpb = sum.text_nats / (log(2) * (double)sum.bytes);
 }
 
 // Goes on from BOS and --prompt for --sample-tokens tokens or until a BOS, and prints the text.
@@ -288,35 +368,52 @@ static inline void run_sample(Run *r) {
 
 // --- steps -------------------------------------------------------------------------------------
 
-// NaN or Inf has not reached the weights, and must not: ends the run, and says where it was first.
-static inline void run_require_finite(const Run *r, const StepResult *s) {
-    if (s->finite) return;
+// NaN or Inf has not reached the weights, and must not: says where it was first.
+static inline void run_tell_nonfinite(const Run *r, const StepResult *s, const Tensor *bad_weight) {
     char row[48] = "the step's rows begin";
     if (s->bad_row >= 0)
         snprintf(row, sizeof row, "row %lld of the step begins", (long long)s->bad_row);
+    die_say("step %lld: found loss %g and gradient norm %g, first in %s; %s in %s at token %llu; "
+            "the weights are as before the step%s%s",
+            (long long)r->step, fabs(s->loss), fabs(s->grad_norm),
+            s->bad_tensor ? s->bad_tensor : "the loss", row, s->origin.path,
+            (unsigned long long)s->origin.token,
+            bad_weight ? ", where the first that is not finite is " : "",
+            bad_weight ? bad_weight->name : "");
+}
+
+// Ends the run of a step that is not finite; the rank that found it speaks before any leaves.
+static inline void run_require_finite(const Run *r, const StepResult *s) {
+    if (s->finite) return;
     const Tensor *bad = table_find_nonfinite(&r->table, model_download(r->model).params, false);
-    die(EXIT_NONFINITE,
-        "step %lld: found loss %g and gradient norm %g, first in %s; %s in %s at token %llu; "
-        "the weights are as before the step%s%s",
-        (long long)r->step, fabs(s->loss), fabs(s->grad_norm),
-        s->bad_tensor ? s->bad_tensor : "the loss", row, s->origin.path,
-        (unsigned long long)s->origin.token, bad ? ", where the first that is not finite is " : "",
-        bad ? bad->name : "");
+    if (r->dist.rank == s->teller) run_tell_nonfinite(r, s, bad);
+    dist_barrier(&r->dist);
+    exit(EXIT_NONFINITE);
+}
+
+// What is asked of the run from outside. Of several ranks each may be signalled; rank 0 has --out.
+static inline StopRequest run_poll(const Run *r) {
+    return stop_poll(r->dist.rank == 0 ? r->flags.out : "");
 }
 
 // One update. Fills in the row's loss, norm and time: that since the step before, or since what
-// came between them.
-static inline void run_step(Run *r, LogRow *row) {
+// came between them. Returns what is asked of the run at its end. Several ranks must all know the
+// same: what one is told goes to all with a step's loss, so it is asked for before the step.
+static inline StopRequest run_step(Run *r, LogRow *row) {
+    bool alone = r->dist.world == 1;
     Phase phase = phase_at(&r->plan, &r->cfg, r->step);
-    StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step, NULL);
+    StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step,
+                              alone ? STOP_NO : run_poll(r), NULL);
     run_require_finite(r, &s);
     double now = log_seconds();
     row->loss = s.loss, row->grad_norm = s.grad_norm;
     row->ms = 1e3 * (now - r->clock);
     row->tok_per_s = 1e3 * (double)phase.batch / row->ms;
     if (r->facts.peak_flops > 0)
-        row->mfu = row->tok_per_s * config_flops_per_token(&r->cfg, false) / r->facts.peak_flops;
+        row->mfu = row->tok_per_s * config_flops_per_token(&r->cfg, false) /
+                   (r->facts.peak_flops * r->dist.world);
     r->step++, r->tokens += phase.batch, r->at = s.at, r->clock = now;
+    return alone ? run_poll(r) : s.asked;
 }
 
 static inline bool run_due(int64_t step, int every) { return every > 0 && step % every == 0; }
@@ -339,14 +436,13 @@ static inline int run_train(Run *r) {
         if (validate) run_validate(r, &row);
         if (sample) run_sample(r);
         if (validate || sample || r->step == first) r->clock = log_seconds();
-        if (!last) run_step(r, &row);
+        if (!last) asked = run_step(r, &row);
         if (r->step == first + 2)  // now all kernels are loaded
             r->log.memory = model_facts(r->model).memory;
-        log_row(&r->log, &row);
+        if (r->dist.rank == 0) log_row(&r->log, &row);
         if (last) break;
         if (r->step == first + 1)
             printf("first step %.1f s after the start\n", r->clock - r->started);
-        asked = stop_poll(f->out);
         bool save = asked != STOP_NO || r->step == r->plan.steps || run_due(r->step, f->save_every);
         if (!save || !*f->out) continue;
         saved = run_save(r);
@@ -379,7 +475,7 @@ static inline void run_dump(Run *r) {
     memcpy(before, state.params, t->numel * sizeof *before);
     model_state_free(r->model, state);
     StepTrace trace = {tokens, tokens + batch, logits, grads};
-    StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, f, r->step, &trace);
+    StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, f, r->step, STOP_NO, &trace);
     state = model_download(r->model);
     uint64_t rows[2] = {batch / (uint64_t)phase.T, (uint64_t)phase.T}, logits_shape[2] = {batch, V};
     Dump d;
@@ -414,19 +510,22 @@ static inline void run_open(Run *r) {
             "--train: found nothing, expected token shards (build/tokenize makes them from text)");
     if (*f->resume && !*f->out && !strcmp(f->resume, "auto"))
         die(EXIT_USAGE, "--resume auto: found no --out to look for saves in");
+    // What is wrong with data or --out is the same for all: rank 0 finds it first.
+    if (r->dist.rank > 0) dist_barrier(&r->dist);
     RowsConfig rows = {f->train,   r->cfg.T,      r->cfg.V,         r->cfg.bos,
                        r->bestfit, r->keep_tails, (uint64_t)f->seed};
-    loader_init(&r->loader, &rows, 0, 1);
+    loader_init(&r->loader, &rows, r->dist.rank, r->dist.world);
     if (*f->val) {
         loader_val_init(&r->val, f->val, r->cfg.T, r->cfg.V,
-                        f->val_tokens ? f->val_tokens : INT64_MAX, 0, 1);
+                        f->val_tokens ? f->val_tokens : INT64_MAX, r->dist.rank, r->dist.world);
         check_val(&r->loader.rows.shards, &r->val.shards.shard[0]);
     }
     if (*f->dump)
         check_place("dump", f->dump, ".tmp");
-    else if (*f->out)
+    else if (*f->out && r->dist.rank == 0)
         check_out(f->out, &r->lock);
-    model_init(r->model, &r->cfg, &r->plan, (uint32_t)f->seed, r->test_init);
+    if (r->dist.rank == 0) dist_barrier(&r->dist);
+    model_init(r->model, &r->cfg, &r->plan, &r->dist, (uint32_t)f->seed, r->test_init);
     size_t tokens = (size_t)r->plan.micro_rows * (size_t)r->cfg.T;
     r->inputs = (int *)die_alloc(tokens, sizeof(int), "tokens");
     r->targets = (int *)die_alloc(tokens, sizeof(int), "tokens");
@@ -440,6 +539,7 @@ static inline void run_open(Run *r) {
 static inline void run_log_open(Run *r) {
     const Flags *f = &r->flags;
     r->facts = model_facts(r->model);
+    if (r->dist.rank > 0) return;
     JsonPair facts[] = {{"program", r->facts.program}, {"device", r->facts.device},
                         {"version", SPEEDRUN_VERSION}, {"compiler", __VERSION__},
                         {"flags", r->flags_text},      {"shards", loader_describe(&r->loader)}};
@@ -448,6 +548,7 @@ static inline void run_log_open(Run *r) {
     if (*f->out && log_write_run(f->out, facts, sizeof facts / sizeof *facts))
         warn("run.json is not written: %s", io_error);
     printf("%s %s\n", r->facts.program, r->flags_text);
+    if (r->dist.world > 1) printf("%d ranks\n", r->dist.world);
     printf("%zu parameters, matrix parameters P %.0f; %lld step%s of %lld tokens, %lld tokens in "
            "the shards\n",
            r->table.params, config_matrix_params(&r->cfg), (long long)r->plan.steps,
@@ -465,10 +566,19 @@ static inline void run_close(Run *r) {
     if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
     loader_free(&r->loader);
     model_free(r->model);
+    shard_free(&r->shard);
     table_free(&r->table);
     io_close(&r->lock);
     free(r->inputs), free(r->targets), free(r->losses), free(r->logits), free(r->flags_text);
     args_free();
+}
+
+// Meets the other ranks. Only rank 0 speaks, but for errors that another one alone may find.
+static inline void run_meet(Run *r) {
+    dist_init(&r->dist);
+    if (r->dist.rank == 0) return;
+    die_voice = DIE_SILENT;
+    if (!freopen("/dev/null", "w", stdout)) die(EXIT_INTERNAL, "cannot open /dev/null");
 }
 
 // The whole program; main calls it with the memory for a model. Returns the exit code.
@@ -478,21 +588,26 @@ static inline int run_main(Model *model, int argc, char **argv) {
     run.started = log_seconds(), run.model = model, run.lock.fd = -1;
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);  // what is said is seen, in a file, too
     stop_listen();
+    run_meet(&run);
     run_configure(&run, argc, argv);
     if (run.flags.dry_run) {
         run_describe(&run);
+        dist_free(&run.dist);
         return EXIT_OK;
     }
+    if (run.dist.rank > 0) die_voice = DIE_NO_WARNINGS;
     run_open(&run);
+    die_voice = DIE_SPEAKS;
     if (*run.flags.dump) {
         run_dump(&run);
     } else {
-        check_saves(&run.flags, run.step);
+        if (run.dist.rank == 0) check_saves(&run.flags, run.step);
         run_log_open(&run);
         code = run_train(&run);
-        log_close(&run.log);
+        if (run.dist.rank == 0) log_close(&run.log);
     }
     run_close(&run);
+    dist_free(&run.dist);
     return code;
 }
 

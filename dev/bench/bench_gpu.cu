@@ -123,7 +123,7 @@ static double run_steps(Run *r, int steps) {
         double start = log_seconds();
         Phase phase = phase_at(&r->plan, &r->cfg, r->step);
         StepResult s =
-            model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step++, NULL);
+            model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step++, STOP_NO, NULL);
         if (!s.finite) die(EXIT_NONFINITE, "step %d: loss %g, norm %g", i, s.loss, s.grad_norm);
         us[i] = 1e6 * (log_seconds() - start);
     }
@@ -140,6 +140,7 @@ static void bench(char *flags, bool table) {
     for (char *word = strtok(flags, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
     memset(r, 0, sizeof *r);
     r->model = m;
+    dist_init(&r->dist);
     run_configure(r, argc, argv);
     run_open(r);
     ModelFacts facts = model_facts(m);

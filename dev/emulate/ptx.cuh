@@ -113,9 +113,7 @@ static inline void cp_async_4(unsigned to, const void *from, bool there) {
     cp_async(to, from, 4, there);
 }
 static inline void cp_async_commit(void) { emulate::commit(emulate::COPY); }
-template <int N> static inline void cp_async_wait_group(void) {
-    emulate::finish(emulate::COPY, N);
-}
+template <int N> static inline void cp_async_wait_group(void) { emulate::finish(emulate::COPY, N); }
 static inline void cp_async_wait(void) {
     emulate::commit(emulate::COPY);
     emulate::finish(emulate::COPY, 0);

@@ -162,7 +162,9 @@ static void trainer_configure(Trainer *t, const char *flags) {
 
 static void trainer_init(Trainer *t, const char *flags) {
     trainer_configure(t, flags);
-    model_init(&t->model, &t->cfg, &t->plan, (uint32_t)t->flags.seed, t->flags.init[0] == 't');
+    static const Dist alone = {0, 1, NULL};
+    model_init(&t->model, &t->cfg, &t->plan, &alone, (uint32_t)t->flags.seed,
+               t->flags.init[0] == 't');
 }
 
 // Micro-batch `micro` of a step's rows.

@@ -4,6 +4,7 @@
 #include "dev/test/test.h"
 #include "llmc/checkpoint.h"
 #include "llmc/rand.h"
+#include "llmc/restore.h"
 
 static char out[256];     // folder of the run
 static char said[16384];  // what `overhear` heard on stderr
@@ -66,10 +67,20 @@ static const char *note_of(const CkptMeta *m, const char *key) {
     return value ? value : "(none)";
 }
 
+// A save of one rank.
+static int save_one_rank(const char *folder, const CkptMeta *meta, StTensor *params, int n,
+                         StTensor *states, int k) {
+    char temporary[IO_PATH_MAX];
+    if (ckpt_begin(folder, meta->step, temporary)) return -1;
+    if (!ckpt_write_rank(temporary, 0, states, k)) return ckpt_finish(meta, temporary, params, n);
+    ckpt_abandon(temporary);
+    return -1;
+}
+
 static int save(int64_t step) {
     CkptMeta meta = meta_of(step);
     train(step);
-    return ckpt_save(out, &meta, model, 3, optim, 1);
+    return save_one_rank(out, &meta, model, 3, optim, 1);
 }
 
 // Loads a save into cleared memory and compares every value. Its step, or -1.
@@ -78,7 +89,7 @@ static int64_t load(const char *folder) {
     train(0);
     memset(wte, 0, sizeof wte), memset(wq, 0, sizeof wq), memset(lambda, 0, sizeof lambda);
     memset(moment, 0, sizeof moment);
-    ckpt_load(folder, &meta, model, 3, optim, 1);
+    restore_save(folder, &meta, model, 3, optim, 1);
     int64_t step = meta.step;
     bool right = wte[127] == (float)(step * 1000 + 127) && wq[255] == (float)(step * 1000 - 255) &&
                  wte[0] == (float)(step * 1000) && lambda[0] == (float)step && lambda[1] == -1 &&
@@ -196,7 +207,7 @@ TEST(what_is_saved_is_loaded) {
     CHECK_STR(folder, path_of(7, ""));
     CHECK_INT(load(folder), 7);
     train(1);
-    ckpt_load(folder, &meta, model, 3, NULL, 0);  // without the optimizer
+    restore_save(folder, &meta, model, 3, NULL, 0);  // without the optimizer
     CHECK_INT(meta.step, 7);
     CHECK_INT(meta.tokens, 7 * 512);
     CHECK_INT(meta.loader_seed, 1337);
@@ -229,10 +240,10 @@ TEST(everything_is_synced_before_it_gets_its_name) {
     trace[0] = 0;
     CHECK_INT(save(1), 0);
     snprintf(expected, sizeof expected,
-             "sync %s, sync model.safetensors.tmp, rename model.safetensors, "
-             "sync step_00000001.tmp, sync optim_rank000.safetensors.tmp, "
-             "rename optim_rank000.safetensors, sync step_00000001.tmp, sync meta.json.tmp, "
-             "rename meta.json, sync step_00000001.tmp, rename step_00000001, sync ckpt",
+             "sync %s, sync optim_rank000.safetensors.tmp, rename optim_rank000.safetensors, "
+             "sync step_00000001.tmp, sync model.safetensors.tmp, rename model.safetensors, "
+             "sync step_00000001.tmp, sync meta.json.tmp, rename meta.json, sync "
+             "step_00000001.tmp, rename step_00000001, sync ckpt",
              run);
     CHECK_STR(trace, expected);
 }
@@ -363,7 +374,7 @@ static void load_with(int which, StDtype dtype, uint64_t rows, const char *name,
     train(1);
     model[which].dtype = dtype, model[which].shape[0] = rows;
     snprintf(model[which].name, sizeof model[which].name, "%s", name);
-    ckpt_load(path_of(1, ""), &meta, model, count, optim, 1);
+    restore_save(path_of(1, ""), &meta, model, count, optim, 1);
 }
 
 TEST(a_model_that_does_not_fit_is_refused_with_both_shapes) {

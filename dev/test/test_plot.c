@@ -26,8 +26,8 @@ TEST(runs_become_lines_and_validations_circles) {
     CHECK_INT(run("python3 dev/plot/plot.py --out %s --title 'a < b' %s/run/log.csv 'x & y=%s'",
                   in_dir("plot.svg"), dir, in_dir("points.csv")),
               0);
-    CHECK_INT(drawn("<polyline"), 3);        // the run's two and the points
-    CHECK_INT(drawn("<circle"), 4 + 2 + 2);  // with one of each in the legend
+    CHECK_INT(drawn("<polyline"), 3);                // the run's two and the points
+    CHECK_INT(drawn("<circle"), 4 + 2 + 2);          // with one of each in the legend
     CHECK_INT(drawn(">run: loss, validation "), 1);  // the last one's number comes next
     CHECK_INT(drawn(">x &amp; y: validation 5.125<"), 1);
     CHECK_INT(drawn(">a &lt; b<"), 1);

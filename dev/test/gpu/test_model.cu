@@ -191,7 +191,7 @@ TEST(steps_of_a_loader) {
             model_losses(&ahead.model, rows, rows, 2, 48, &ahead.phase, losses);
             model_logits(&ahead.model, rows, 5, &ahead.phase, logits);
             StepResult found = model_step(&ahead.model, &loader, &ahead.phase, &ahead.plan,
-                                          &ahead.flags, it, NULL);
+                                          &ahead.flags, it, STOP_NO, NULL);
             LoaderState at = loader_state(&same);
             check_same(&plain, &ahead, expected, found, it);
             CHECK(!memcmp(&found.at, &at, sizeof at));
@@ -209,7 +209,7 @@ TEST(memory_is_what_dry_run_says) {
     double said = 0;
     snprintf(flags, sizeof flags, "%s 4", SMALL);
     trainer_init(&t, flags);
-    for (int i = model_memory(rows, &t.cfg, &t.plan) - 1; i >= 0; i--) said += rows[i].bytes;
+    for (int i = model_memory(rows, &t.cfg, &t.plan, NULL) - 1; i >= 0; i--) said += rows[i].bytes;
     CHECK_INT(t.model.gpu.taken, said);
     model_free(&t.model);
 }
