@@ -1,4 +1,4 @@
-// train_gpt2.cu: a GPT-2 of 2026, trained on one GPU. The same model, flags, data, saves and log as
+// train_gpt2.cu: a GPT-2 of 2026, trained on GPUs. The same model, flags, data, saves and log as
 // train_gpt2.c, whose functions state the formulas; here are their order, their memory and their
 // cost. Kernels live in llmc/*.cuh, one operation a file.
 //
@@ -20,7 +20,20 @@
 //
 //     host     load the next step's batches into the slots that are free                   | wait
 //     stream   numbers, batches | micro-step 1 .. M: forward, head, backward | check | update
-//     norms                          sums of squares, a block as it becomes final ^
+//     net        weights, a block       gradients, a block as it becomes     ^ numbers
+//                ahead of forward       final; sums of squares of the sums
+//
+// RANKS. Each has a GPU, all weights, and rows of its own. When the last micro-step's backward has
+// made a block's gradients final, they go to their owners (llmc/dist.cuh) while backward goes on.
+// Loss and norms of all ranks decide on the update, of what a rank owns; masters and optimizer state
+// are of that only. The new weights go to all at the start of the next step, each block's under the
+// forward of those before it. Events, from stream to stream:
+//
+//     stream  --stepped-->      net   weights may be sent: the update is done
+//     net     --there[b]-->     stream   forward comes to block b
+//     stream  --final[b]-->     net   gradients of block b may be sent
+//     stream  --backward_done--> net   the loss may be told
+//     net     --norms_done-->   stream   check and update
 //
 // What changes from step to step (rates, momentum, clip scale, skip) is one struct in device memory
 // (llmc/step.cuh), and a micro-step reads its batch at the same place each time. So no launch
@@ -42,7 +55,7 @@
 #include "llmc/classifier.cuh"   // classifier, loss_reduce
 #include "llmc/cuda_common.cuh"  // floatX, Gpu, gpu_init, gpu_alloc, Trace, trace_op
 #include "llmc/dataloader.h"     // Loader, loader_state
-#include "llmc/dist.h"           // Dist
+#include "llmc/dist.cuh"         // Net, net_reduce, net_gather, net_numbers, net_collect
 #include "llmc/embed.cuh"        // embed_norm_forward, embed_backward
 #include "llmc/feed.cuh"         // Feed, feed_load, feed_put, feed_send, feed_get
 #include "llmc/matmul.cuh"       // matmul_forward, matmul_dgrad, matmul_wgrad
@@ -114,24 +127,30 @@ template <class T> static T *view(const Table *t, T *arena, Role role, int layer
     return x ? arena + x->offset : NULL;
 }
 
-// The gates and lambdas are taken from `small`, the rest from `arena`.
+// The arena is laid out by the table, and gates and lambdas are taken from `small`, which is a
+// rank's own, laid out by its plan; plan NULL: by the table.
 template <class T>
-static Views<T> views_of(const Table *t, const Config *c, T *arena, float *small) {
+static Views<T> views_of(const Table *t, const Config *c, T *arena, const ShardPlan *plan,
+                         float *small) {
+    auto small_view = [&](Role role, int layer) {
+        const Piece *p = plan ? shard_find(plan, role, layer) : NULL;
+        return p ? small + p->at : plan ? NULL : view(t, small, role, layer);
+    };
     Views<T> v;
     memset(&v, 0, sizeof v);
     v.embed.wte = view(t, arena, WTE, -1);
-    v.embed.smear_gate = view(t, small, SMEAR_GATE, -1);
-    v.embed.smear_lambda = view(t, small, SMEAR_LAMBDA, -1);
-    v.head.resid_lambda = view(t, small, RESID_LAMBDA, -1);
-    v.head.x0_lambda = view(t, small, X0_LAMBDA, -1);
-    v.head.backout_lambda = view(t, small, BACKOUT_LAMBDA, -1);
+    v.embed.smear_gate = small_view(SMEAR_GATE, -1);
+    v.embed.smear_lambda = small_view(SMEAR_LAMBDA, -1);
+    v.head.resid_lambda = small_view(RESID_LAMBDA, -1);
+    v.head.x0_lambda = small_view(X0_LAMBDA, -1);
+    v.head.backout_lambda = small_view(BACKOUT_LAMBDA, -1);
     v.head.lm_head = view(t, arena, LM_HEAD, -1);
     for (int i = 0; i < c->L; i++) {
         LayerViews<T> *l = &v.layer[i];
         l->wqkv = view(t, arena, WQ, i), l->wo = view(t, arena, WO, i);
         l->wfc = view(t, arena, WFC, i), l->wproj = view(t, arena, WPROJ, i);
         l->value_embed = view(t, arena, VALUE_EMBED, i);
-        l->ve_gate = view(t, small, VE_GATE, i);
+        l->ve_gate = small_view(VE_GATE, i);
     }
     return v;
 }
@@ -265,17 +284,24 @@ static const floatX *x_middle(const Activations *a, const Config *c) {
 struct Model {
     Config cfg;
     Table table;
+    ShardPlan plan;  // of this rank
+    const Dist *dist;
     Gpu gpu;
-    cudaStream_t stream, norms;  // the step; the sums of squares of its gradients
+    cudaStream_t stream;  // the step
+    Net net;              // what goes between ranks; and norms, on its stream
     Trace trace;
     Matmul matmul;
-    float *masters, *grads, *first;  // (table.numel) each
-    float *second;                   // (table.state_numel)
-    floatX *weights;                 // (table.numel); in the FP32 build the masters themselves
+    float *masters, *first;  // (numel of the rank) each
+    float *second;           // (state_numel of the rank)
+    float *grads;            // (table.numel): of this rank's rows
+    float *sums;             // (numel of the rank): of all ranks; of one rank: grads
+    floatX *weights;         // (table.numel); of one rank's FP32 build the masters themselves
     Views<floatX> w;
     Views<float> dw;
-    bool held[MODEL_MAX_LAYERS + 2];  // blocks of weights between get and release
-    int recompute;                    // --recompute
+    bool held[MODEL_MAX_LAYERS + 2];     // blocks of weights between get and release
+    bool awaited[MODEL_MAX_LAYERS + 2];  // those on their way from other ranks
+    bool stale;                          // others have updated weights that are not here yet
+    int recompute;                       // --recompute
     Activations a;
     void *activations;  // the memory that a points into
 #ifdef USE_CUDNN
@@ -284,14 +310,16 @@ struct Model {
     size_t cudnn_bytes;
 #endif
     Muon muon;
-    StepState *host_step;                // pinned
-    void *numbers;                       // what the next six point into
-    StepState *step;                     // what changes from step to step
-    double *norm_partial, *tensor_norm;  // (chunks), (tensors): sums of squares
-    int *first_chunk;                    // (tensors + 1): where each tensor's chunks begin
-    float2 *angles;                      // (T, D/2): cos and sin, of rotary
-    cudaEvent_t *block_final;            // (table.blocks): a block's gradients are final
-    cudaEvent_t norms_done;
+    StepState *host_step;      // pinned
+    void *numbers;             // what the next six point into
+    StepState *step;           // what changes from step to step
+    double *norm_partial;      // (chunks): sums of squares
+    double *told;              // (world, TOLD_SQUARES + tensors)
+    int *first_chunk;          // (tensors + 1): where each tensor's chunks begin
+    float2 *angles;            // (T, D/2): cos and sin, of rotary
+    cudaEvent_t *block_final;  // (table.blocks): a block's gradients are final
+    cudaEvent_t *block_there;  // (table.blocks): a block's weights are
+    cudaEvent_t stepped, backward_done, norms_done;
     Feed feed;              // two sets of slots, each of one for every micro-step
     int set;                // the one for the next step
     int loaded;             // so many of its micro-batches are in it
@@ -301,8 +329,8 @@ struct Model {
     cudaGraphExec_t graph;  // step_work in that phase; NULL: not captured
 };
 
-// The table's blocks of weights, each used from get to release only. On one GPU they are always
-// there; `held` catches misuse.
+// The table's blocks of weights, each used from get to release only; `held` catches misuse. Of
+// several ranks, a block that others own is awaited before it is used.
 static int embed_block(void) { return 0; }
 static int layer_block(int i) { return 1 + i; }
 static int head_block(const Model *m) { return 1 + m->cfg.L; }
@@ -312,22 +340,41 @@ static void block_get(Model *m, int block) {
     m->held[block] = true;
 }
 
+static void block_await(Model *m, int block) {
+    if (m->awaited[block]) CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->block_there[block], 0));
+    m->awaited[block] = false;
+}
+
 static void block_release(Model *m, int block) {
     assert(m->held[block]);
     m->held[block] = false;
 }
 
+// Starts to bring the blocks from other ranks, in the order in which forward needs them.
+static void weights_gather(Model *m) {
+    if (m->plan.world == 1) return;
+    CUDA_CHECK(cudaEventRecord(m->stepped, m->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(m->net.stream, m->stepped, 0));
+    for (int block = 0; block < m->table.blocks; block++) {
+        net_gather(&m->net, m->weights, block);
+        CUDA_CHECK(cudaEventRecord(m->block_there[block], m->net.stream));
+        m->awaited[block] = true;
+    }
+    m->stale = false;
+}
+
 static const EmbedWeights *embed_get(Model *m) {
-    block_get(m, embed_block());
+    block_get(m, embed_block()), block_await(m, embed_block());
     return &m->w.embed;
 }
 
 static const LayerWeights *layer_get(Model *m, int i) {
-    block_get(m, layer_block(i));
+    block_get(m, layer_block(i)), block_await(m, layer_block(i));
     return &m->w.layer[i];
 }
 
-// With it come all lambdas, which every layer reads: held through a whole pass.
+// With it come all lambdas, which every layer reads: held through a whole pass. They are every rank's;
+// lm_head is awaited where it is used.
 static const HeadWeights *head_get(Model *m) {
     block_get(m, head_block(m));
     return &m->w.head;
@@ -511,6 +558,7 @@ static void head_loss(Model *m, const DeviceBatch *b, const HeadWeights *head, f
     cudaStream_t s = m->stream;
     int C = m->cfg.C, V = m->cfg.V, Vp = m->cfg.Vp;
     const MatmulEpilogue store = {MATMUL_STORE};
+    block_await(m, head_block(m));
     for (int from = 0; from < b->n; from += HEAD_ROWS) {
         int rows = b->n - from < HEAD_ROWS ? b->n - from : HEAD_ROWS;
         floatX *hf = a->hf + (size_t)from * C, *dh = a->dh + (size_t)from * C;
@@ -605,15 +653,23 @@ static void layer_backward(Model *m, const DeviceBatch *b, const Phase *phase, i
     block_release(m, layer_block(i));
 }
 
-// The gradients of a block have their last term: the second stream sums their squares.
+// Whether a piece's gradient counts for this rank's part of the norm: what all have, rank 0 counts.
+static bool counts_for_norm(const ShardPlan *p, const Piece *piece) {
+    return shard_owns(piece, p->rank) && (piece->owner != SHARD_ALL || p->rank == 0);
+}
+
+// The gradients of a block have their last term. They go to their owners, who sum their squares.
 static void block_is_final(Model *m, int block) {
+    const ShardPlan *plan = &m->plan;
     CUDA_CHECK(cudaEventRecord(m->block_final[block], m->stream));
-    CUDA_CHECK(cudaStreamWaitEvent(m->norms, m->block_final[block], 0));
-    for (int i = 0, chunk = 0; i < m->table.count; i++) {
-        const Tensor *x = &m->table.tensor[i];
-        if (x->block == block)
-            grad_norm_add(m->norm_partial + chunk, m->grads + x->offset, tensor_numel(x), m->norms);
-        chunk += grad_norm_chunks(tensor_numel(x));
+    CUDA_CHECK(cudaStreamWaitEvent(m->net.stream, m->block_final[block], 0));
+    net_reduce(&m->net, m->sums, m->grads, block);
+    for (int i = 0, chunk = 0; i < plan->first[block + 1]; i++) {
+        const Piece *p = &plan->piece[i];
+        if (!counts_for_norm(plan, p)) continue;
+        if (i >= plan->first[block])
+            grad_norm_add(m->norm_partial + chunk, m->sums + p->at, p->count, m->net.stream);
+        chunk += grad_norm_chunks(p->count);
     }
 }
 
@@ -657,7 +713,8 @@ static void model_accumulate(Model *m, const DeviceBatch *b, const Phase *phase,
     const HeadWeights *head = head_get(m);
     trunk_forward(m, b, phase, head);
     head_loss(m, b, head, (float)(1.0 / (double)phase->batch), first, keep);
-    loss_reduce(m->step, m->a.losses, b->n, b->T, (int)micro * phase->micro_rows, m->stream);
+    int first_row = ((int)micro * m->plan.world + m->plan.rank) * phase->micro_rows;
+    loss_reduce(m->step, m->a.losses, b->n, b->T, first_row, m->stream);
     trunk_backward(m, b, phase, head, first, last);
     block_release(m, head_block(m));
 }
@@ -686,30 +743,42 @@ static void gradients_clear(Model *m) {
 
 // The working copy of the masters from `offset` on; NULL where the masters themselves serve.
 static floatX *working_copy(const Model *m, size_t offset) {
-    return sizeof(floatX) == sizeof(float) ? NULL : m->weights + offset;
+    bool masters_serve = sizeof(floatX) == sizeof(float) && m->plan.world == 1;
+    return masters_serve ? NULL : m->weights + offset;
+}
+
+// Loss and norms of all ranks become known, on every rank, and whether there is to be an update.
+static void step_decide(Model *m) {
+    cudaStream_t net = m->net.stream;
+    size_t apart = TOLD_SQUARES + (size_t)m->table.count;
+    CUDA_CHECK(cudaEventRecord(m->backward_done, m->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(net, m->backward_done, 0));
+    step_tell(m->told + (size_t)m->plan.rank * apart, m->step, m->norm_partial, m->first_chunk,
+              m->table.count, net);
+    net_numbers(&m->net, m->told, apart);
+    CUDA_CHECK(cudaEventRecord(m->norms_done, net));
+    CUDA_CHECK(cudaStreamWaitEvent(m->stream, m->norms_done, 0));
+    step_check(m->step, m->told, m->plan.world, m->table.count, m->stream);
 }
 
 static void model_update(Model *m) {
-    const Table *table = &m->table;
+    const ShardPlan *plan = &m->plan;
     Trace *t = &m->trace;
-    cudaStream_t s = m->stream;
-    CUDA_CHECK(cudaEventRecord(m->norms_done, m->norms));
-    CUDA_CHECK(cudaStreamWaitEvent(s, m->norms_done, 0));
-    step_check(m->step, m->tensor_norm, m->norm_partial, m->first_chunk, table->count, s);
+    step_decide(m);
     size_t tables = 0;
-    for (int i = 0; i < table->count; i++)
-        if (table->tensor[i].group != GROUP_MATRIX) tables += tensor_numel(&table->tensor[i]);
+    for (int i = shard_next(plan, 0); i < plan->count; i = shard_next(plan, i + 1))
+        if (plan->piece[i].tensor->group != GROUP_MATRIX) tables += plan->piece[i].count;
     trace_op(t, "adamw", -1, 0, (28.0 + (sizeof(floatX) == 2 ? 2 : 0)) * (double)tables);
-    for (int i = 0; i < table->count; i++) {
-        const Tensor *x = &table->tensor[i];
-        if (x->frozen || x->group == GROUP_MATRIX) continue;
-        adamw_update(m->masters + x->offset, working_copy(m, x->offset), m->first + x->offset,
-                     m->second + x->state, m->grads + x->offset, m->step, x->group, tensor_numel(x),
-                     s);
+    for (int i = shard_next(plan, 0); i < plan->count; i = shard_next(plan, i + 1)) {
+        const Piece *p = &plan->piece[i];
+        if (p->tensor->frozen || p->tensor->group == GROUP_MATRIX) continue;
+        adamw_update(m->masters + p->at, working_copy(m, p->offset), m->first + p->at,
+                     m->second + p->state, m->sums + p->at, m->step, p->tensor->group, p->count,
+                     m->stream);
     }
     trace_op(t, "muon", -1, muon_flops(&m->muon), muon_traffic(&m->muon));
-    muon_update(&m->muon, &m->matmul, m->masters, working_copy(m, 0), m->grads, m->first, m->second,
-                m->step, s);
+    muon_update(&m->muon, &m->matmul, m->masters, working_copy(m, 0), m->sums, m->first, m->second,
+                m->step, m->stream);
     trace_end(t);
 }
 
@@ -740,6 +809,7 @@ static void send_batches(Model *m, const Phase *phase, StepTrace *trace) {
 
 // All that a step does between batches and result.
 static void step_work(Model *m, const Phase *phase, StepTrace *trace) {
+    weights_gather(m);
     for (int i = 0; i < phase->micro_steps; i++) {
         DeviceBatch b = feed_get(&m->feed, i, phase->micro_rows, phase->T);
         size_t at = (size_t)i * (size_t)b.n * (size_t)m->cfg.V;
@@ -777,14 +847,25 @@ static void step_run(Model *m, const Phase *phase, StepTrace *trace) {
     CUDA_CHECK(cudaGraphLaunch(m->graph, m->stream));
 }
 
-// The tensor whose gradient was the first not to be finite, NULL: all are. Copies them all to the
-// host: for a run that is about to end.
-static const char *find_bad_tensor(const Model *m) {
-    float *grads = (float *)die_alloc(m->table.numel, sizeof *grads, "a copy of the gradients");
-    CUDA_CHECK(cudaMemcpy(grads, m->grads, m->table.numel * sizeof *grads, cudaMemcpyDeviceToHost));
-    const Tensor *bad = table_find_nonfinite(&m->table, grads, true);
-    free(grads);
-    return bad ? bad->name : NULL;
+// The tensor whose gradient, of all ranks, was the first not to be finite, NULL: all are; *teller: a
+// rank that found it. Copies gradients to the host: for a run that is about to end.
+static const char *find_bad_tensor(const Model *m, int *teller) {
+    typedef struct {
+        int tensor, place;
+    } Found;
+    size_t numel = m->plan.share[m->plan.rank].numel;
+    float *sums = (float *)die_alloc(numel, sizeof *sums, "a copy of the gradients");
+    CUDA_CHECK(cudaMemcpy(sums, m->sums, numel * sizeof *sums, cudaMemcpyDeviceToHost));
+    Found mine = {-1, 0}, all[SHARD_MAX_RANKS] = {};
+    const Tensor *bad = shard_find_nonfinite(&m->plan, sums, &mine.place);
+    if (bad) mine.tensor = (int)(bad - m->table.tensor);
+    dist_all_gather(m->dist, all, &mine, sizeof mine);
+    const Found *first = NULL;
+    for (const Found *f = all; f < all + m->plan.world; f++)
+        if (f->tensor >= 0 && (!first || f->place > first->place)) first = f;
+    free(sums);
+    *teller = first ? (int)(first - all) : 0;
+    return first ? m->table.tensor[first->tensor].name : NULL;
 }
 
 // The first of the step's rows, from `row` on, whose loss is not finite when it is alone in the
@@ -814,14 +895,21 @@ static int find_bad_row(Model *m, const Phase *phase, int first_slot, int row) {
 // What the step left in host_step. first_slot: of its first micro-batch.
 static StepResult step_result(Model *m, const Phase *phase, int first_slot) {
     const StepState *done = m->host_step;
+    int B = phase->micro_rows, world = m->plan.world, row = 0;  // of this rank
     StepResult r;
     memset(&r, 0, sizeof r);
     r.loss = done->loss_sum / (double)phase->batch, r.grad_norm = done->grad_norm;
-    r.finite = !done->skip;
-    r.bad_row = done->bad_row == INT_MAX ? -1 : find_bad_row(m, phase, first_slot, done->bad_row);
-    if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m);
-    int row = r.bad_row < 0 ? 0 : (int)r.bad_row;
-    r.origin = m->feed.slot[first_slot + row / phase->micro_rows].origin[row % phase->micro_rows];
+    r.finite = !done->skip, r.asked = (StopRequest)done->asked, r.bad_row = -1;
+    if (done->bad_row < INT_MAX) {
+        r.bad_row = done->bad_row, r.teller = done->bad_row / B % world;
+        row = done->bad_row / B / world * B + done->bad_row % B;
+        if (r.teller == m->plan.rank) {
+            row = find_bad_row(m, phase, first_slot, row);
+            r.bad_row = (row / B * world + m->plan.rank) * B + row % B;
+        }
+    }
+    if (isfinite(r.loss) && !r.finite) r.bad_tensor = find_bad_tensor(m, &r.teller);
+    r.origin = m->feed.slot[first_slot + row / B].origin[row % B];
     return r;
 }
 
@@ -829,6 +917,7 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
                       const Flags *flags, int64_t step, StopRequest asked, StepTrace *trace) {
     cudaStream_t s = m->stream;
     step_numbers(m->host_step, plan, flags, &m->cfg, step);
+    m->host_step->asked = asked;
     CUDA_CHECK(cudaMemcpyAsync(m->step, m->host_step, sizeof *m->step, cudaMemcpyHostToDevice, s));
     gradients_clear(m);
     fetch_batches(m, loader, phase, false);
@@ -844,7 +933,8 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
     }
     CUDA_CHECK(cudaStreamSynchronize(s));
     StepResult result = step_result(m, phase, first_slot);
-    result.at = at, result.asked = asked;
+    result.at = at;
+    m->stale = m->plan.world > 1 && result.finite;
     if (trace)
         CUDA_CHECK(cudaMemcpy(trace->grads, m->grads, m->table.numel * sizeof(float),
                               cudaMemcpyDeviceToHost));
@@ -864,6 +954,7 @@ static DeviceBatch send_rows(Model *m, const int *inputs, const int *targets, in
 
 void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
                   const Phase *phase, double *losses) {
+    if (m->stale) weights_gather(m);
     DeviceBatch b = send_rows(m, inputs, targets, rows, T);
     const HeadWeights *head = head_get(m);
     trunk_forward(m, &b, phase, head);
@@ -883,9 +974,11 @@ void model_logits(Model *m, const int *tokens, int count, const Phase *phase, fl
     int *row = (int *)die_alloc((size_t)T, sizeof *row, "a sample's row");
     floatX *raw = (floatX *)die_alloc((size_t)c->Vp, sizeof *raw, "a sample's logits");
     for (int t = 0; t < T; t++) row[t] = t < count ? tokens[t] : c->bos;
+    if (m->stale) weights_gather(m);
     DeviceBatch b = send_rows(m, row, NULL, 1, T);
     const HeadWeights *head = head_get(m);
     trunk_forward(m, &b, phase, head);
+    block_await(m, head_block(m));
     const MatmulEpilogue store = {MATMUL_STORE};
     matmul_forward(&m->matmul, m->a.logits, matmul_operand(m->a.hf + (size_t)(count - 1) * c->C),
                    matmul_operand(head->lm_head), store, 1, c->C, c->Vp, m->stream);
@@ -964,31 +1057,55 @@ static void cudnn_init(Model *m, const Phase *phase) {
 
 // Lays out the small things from `memory` on; returns their bytes. NULL: only counts.
 static size_t numbers_layout(Model *m, char *memory) {
-    size_t at = 0, tensors = (size_t)m->table.count;
+    size_t at = 0, tensors = (size_t)m->table.count, world = (size_t)m->plan.world;
     size_t chunks = m->table.numel / NORM_CHUNK + tensors;  // at most: each tensor's last is short
     size_t angles = (size_t)m->cfg.T * (size_t)(m->cfg.D / 2);
     m->step = (StepState *)place(memory, &at, sizeof *m->step);
     m->norm_partial = (double *)place(memory, &at, chunks * sizeof(double));
-    m->tensor_norm = (double *)place(memory, &at, tensors * sizeof(double));
+    m->told = (double *)place(memory, &at, world * (TOLD_SQUARES + tensors) * sizeof(double));
     m->first_chunk = (int *)place(memory, &at, (tensors + 1) * sizeof(int));
     m->angles = (float2 *)place(memory, &at, angles * sizeof(float2));
     return at;
 }
 
-// Tells the GPU where each tensor's chunks of sums of squares begin: one after the other.
+static cudaEvent_t event_create(void) {
+    cudaEvent_t event;
+    CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    return event;
+}
+
+// Tells the GPU where each tensor's chunks of sums of squares begin, one after the other: of those
+// that count for this rank's part of the norm.
 static void norms_init(Model *m) {
     int count = m->table.count;
     int *first_chunk =
         (int *)die_alloc((size_t)count + 1, sizeof *first_chunk, "chunks of gradients");
-    for (int i = 0; i < count; i++)
-        first_chunk[i + 1] = first_chunk[i] + grad_norm_chunks(tensor_numel(&m->table.tensor[i]));
+    for (const Piece *p = m->plan.piece; p < m->plan.piece + m->plan.count; p++)
+        if (counts_for_norm(&m->plan, p))
+            first_chunk[p->tensor - m->table.tensor + 1] = grad_norm_chunks(p->count);
+    for (int i = 0; i < count; i++) first_chunk[i + 1] += first_chunk[i];
     upload(m->first_chunk, first_chunk, ((size_t)count + 1) * sizeof *first_chunk);
     free(first_chunk);
-    m->block_final =
-        (cudaEvent_t *)die_alloc((size_t)m->table.blocks, sizeof(cudaEvent_t), "events");
-    for (int i = 0; i < m->table.blocks; i++)
-        CUDA_CHECK(cudaEventCreateWithFlags(&m->block_final[i], cudaEventDisableTiming));
-    CUDA_CHECK(cudaEventCreateWithFlags(&m->norms_done, cudaEventDisableTiming));
+}
+
+static void events_init(Model *m) {
+    size_t blocks = (size_t)m->table.blocks;
+    m->block_final = (cudaEvent_t *)die_alloc(blocks, sizeof(cudaEvent_t), "events");
+    m->block_there = (cudaEvent_t *)die_alloc(blocks, sizeof(cudaEvent_t), "events");
+    for (size_t i = 0; i < blocks; i++)
+        m->block_final[i] = event_create(), m->block_there[i] = event_create();
+    m->stepped = event_create(), m->backward_done = event_create();
+    m->norms_done = event_create();
+}
+
+static void events_free(Model *m) {
+    for (int i = 0; i < m->table.blocks; i++) {
+        CUDA_CHECK(cudaEventDestroy(m->block_final[i]));
+        CUDA_CHECK(cudaEventDestroy(m->block_there[i]));
+    }
+    for (cudaEvent_t event : {m->stepped, m->backward_done, m->norms_done})
+        CUDA_CHECK(cudaEventDestroy(event));
+    free(m->block_final), free(m->block_there);
 }
 
 static void rotary_init(Model *m) {
@@ -1004,14 +1121,17 @@ static void rotary_init(Model *m) {
 static int memory_rows(DescribeMemory *rows, Model *m, const Phase *most) {
     Activations a;
     int n = most->micro_rows * most->T;
-    double arena = (double)m->table.numel * sizeof(float);
+    const ShardRank *share = &m->plan.share[m->plan.rank];
+    double arena = (double)m->table.numel, mine = (double)share->numel * sizeof(float);
     DescribeMemory list[] = {
-        {sizeof(floatX) == 2 ? "masters, and weights in BF16" : "parameters",
-         sizeof(floatX) == 2 ? 1.5 * arena : arena},
-        {"gradients", arena},
-        {"optimizer, first state", arena},
-        {"optimizer, second state", (double)m->table.state_numel * sizeof(float)},
-        {"Muon's scratch", (double)muon_bytes(&m->table, MUON_SCRATCH)},
+        {sizeof(floatX) == 2 ? "masters" : "parameters", mine},
+        {"working weights", working_copy(m, 0) ? sizeof(floatX) * arena : 0},
+        {"gradients", sizeof(float) * arena},
+        {"gradients, summed over ranks", m->plan.world > 1 ? mine : 0},
+        {"gradients on their way", (double)net_bytes(&m->table, &m->plan)},
+        {"optimizer, first state", mine},
+        {"optimizer, second state", (double)share->state_numel * sizeof(float)},
+        {"Muon's scratch", (double)muon_bytes(&m->plan, MUON_SCRATCH)},
         {"activations of a micro-batch",
          (double)activations_layout(&a, &m->cfg, n, m->recompute, NULL)},
         {"batches of a step", (double)feed_batch_bytes(n) * (double)most->micro_steps},
@@ -1025,17 +1145,19 @@ static int memory_rows(DescribeMemory *rows, Model *m, const Phase *most) {
     return sizeof list / sizeof *list;
 }
 
-int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan, const ShardPlan *) {
+int model_memory(DescribeMemory *rows, const Config *c, const Plan *plan, const ShardPlan *shard) {
     Phase most = phase_largest(plan, c);
     Model *m = (Model *)die_alloc(1, sizeof *m, "a model");
     model_require(c, plan);
     m->cfg = *c, m->recompute = plan->recompute;
     table_init(&m->table, c);
+    shard_init(&m->plan, &m->table, shard->rank, shard->world);
+    m->weights = (floatX *)m;  // there are some, for working_copy
 #ifdef USE_CUDNN
     m->cudnn_bytes = CUDNN_DETERMINISTIC;  // about: without a GPU there is no plan
 #endif
     int count = memory_rows(rows, m, &most);
-    table_free(&m->table);
+    shard_free(&m->plan), table_free(&m->table);
     free(m);
     return count;
 }
@@ -1079,39 +1201,43 @@ static void tune_products(Model *m, int n, size_t bytes) {
 void model_init(Model *m, const Config *cfg, const Plan *plan, const Dist *dist, uint32_t seed,
                 bool test_init) {
     Phase most = phase_largest(plan, cfg);
-    if (dist->world > 1)
-        die(EXIT_USAGE, "found %d ranks, expected 1: this program trains on one GPU", dist->world);
     memset(m, 0, sizeof *m);
     m->cfg = *cfg, m->recompute = plan->recompute;
     model_require(cfg, plan);
-    gpu_init(&m->gpu);
+    gpu_init(&m->gpu, dist->local);
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
-    CUDA_CHECK(cudaStreamCreateWithFlags(&m->norms, cudaStreamNonBlocking));
-    m->trace.stream = m->stream;
+    m->trace.stream = m->stream, m->dist = dist;
     table_init(&m->table, cfg);
+    shard_init(&m->plan, &m->table, dist->rank, dist->world);
 #ifdef USE_CUDNN
     cudnn_init(m, &most);
 #endif
     require_memory(m, &most);
     matmul_init(&m->matmul, &m->gpu);
 
-    size_t arena = m->table.numel * sizeof(float), second = m->table.state_numel * sizeof(float);
-    m->masters = (float *)gpu_alloc(&m->gpu, arena, "the parameters");
+    net_init(&m->net, &m->gpu, dist, &m->table, &m->plan);
+    const ShardRank *share = &m->plan.share[dist->rank];
+    size_t arena = m->table.numel * sizeof(float), mine = share->numel * sizeof(float);
+    size_t second = share->state_numel * sizeof(float);
+    bool alone = dist->world == 1;
+    m->masters = (float *)gpu_alloc(&m->gpu, mine, "the parameters");
     m->grads = (float *)gpu_alloc(&m->gpu, arena, "the gradients");
-    m->first = (float *)gpu_alloc(&m->gpu, arena, "the optimizer's first state");
+    m->sums = alone ? m->grads : (float *)gpu_alloc(&m->gpu, mine, "the summed gradients");
+    m->first = (float *)gpu_alloc(&m->gpu, mine, "the optimizer's first state");
     m->second = (float *)gpu_alloc(&m->gpu, second, "the optimizer's second state");
     CUDA_CHECK(cudaMemset(m->grads, 0, arena));
-    CUDA_CHECK(cudaMemset(m->first, 0, arena));
+    CUDA_CHECK(cudaMemset(m->first, 0, mine));
     CUDA_CHECK(cudaMemset(m->second, 0, second));
-    m->weights = sizeof(floatX) == sizeof(float)
+    m->weights = alone && sizeof(floatX) == sizeof(float)
                      ? (floatX *)m->masters
                      : (floatX *)gpu_alloc(&m->gpu, m->table.numel * sizeof(floatX), "the weights");
-    m->w = views_of(&m->table, cfg, m->weights, m->masters);
-    m->dw = views_of(&m->table, cfg, m->grads, m->grads);
-    muon_init(&m->muon, &m->gpu, &m->table, MUON_SCRATCH);
+    m->w = views_of(&m->table, cfg, m->weights, &m->plan, m->masters);
+    m->dw = views_of(&m->table, cfg, m->grads, NULL, m->grads);
+    muon_init(&m->muon, &m->gpu, &m->plan, MUON_SCRATCH);
     m->numbers = gpu_alloc(&m->gpu, numbers_layout(m, NULL), "norms and rotary angles");
     numbers_layout(m, (char *)m->numbers);
     norms_init(m);
+    events_init(m);
     rotary_init(m);
 
     int tokens = most.micro_rows * most.T, places = (int)most.micro_steps;
@@ -1136,11 +1262,12 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, const Dist *dist,
 
 void model_free(Model *m) {
     step_forget(m);
-    void *device[] = {m->masters,     m->grads,   m->first,          m->second,
-                      m->activations, m->numbers, working_copy(m, 0)};
+    void *device[] = {m->masters,     m->grads,   m->first,           m->second,
+                      m->activations, m->numbers, working_copy(m, 0), NULL};
+    if (m->sums != m->grads) device[7] = m->sums;
     for (size_t i = 0; i < sizeof device / sizeof *device; i++) CUDA_CHECK(cudaFree(device[i]));
-    for (int i = 0; i < m->table.blocks; i++) CUDA_CHECK(cudaEventDestroy(m->block_final[i]));
-    CUDA_CHECK(cudaEventDestroy(m->norms_done));
+    events_free(m);
+    net_free(&m->net);
     CUDA_CHECK(cudaFreeHost(m->host_step));
     CUDA_CHECK(cudaFreeHost(m->host_losses));
 #ifdef USE_CUDNN
@@ -1151,9 +1278,7 @@ void model_free(Model *m) {
     muon_free(&m->muon);
     matmul_free(&m->matmul);
     CUDA_CHECK(cudaStreamDestroy(m->stream));
-    CUDA_CHECK(cudaStreamDestroy(m->norms));
-    free(m->block_final);
-    table_free(&m->table);
+    shard_free(&m->plan), table_free(&m->table);
 }
 
 // Peak of the tensor cores, dense BF16, by the vendor's datasheets; 0: not known, no MFU.
@@ -1172,24 +1297,33 @@ ModelFacts model_facts(const Model *m) {
 }
 
 ModelState model_download(Model *m) {
-    size_t numel = m->table.numel, second = m->table.state_numel;
-    ModelState state = {(float *)die_alloc(numel, sizeof(float), "a save's parameters"),
-                        (float *)die_alloc(numel, sizeof(float), "a save's first state"),
+    const ShardRank *share = &m->plan.share[m->plan.rank];
+    size_t mine = share->numel, second = share->state_numel;
+    ModelState state = {(float *)die_alloc(m->table.numel, sizeof(float), "a save's parameters"),
+                        (float *)die_alloc(mine, sizeof(float), "a save's first state"),
                         (float *)die_alloc(second, sizeof(float), "a save's second state")};
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(state.params, m->masters, numel * sizeof(float), cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaMemcpy(state.first, m->first, numel * sizeof(float), cudaMemcpyDeviceToHost));
+    net_collect(&m->net, state.params, m->masters);
+    CUDA_CHECK(cudaMemcpy(state.first, m->first, mine * sizeof(float), cudaMemcpyDeviceToHost));
     CUDA_CHECK(cudaMemcpy(state.second, m->second, second * sizeof(float), cudaMemcpyDeviceToHost));
     return state;
 }
 
-// The states may be NULL: then they stay. The working weights follow the masters.
+// The states may be NULL: then they stay. The working weights follow the masters, those of other
+// ranks when they are next needed.
 void model_upload(Model *m, ModelState state) {
-    upload(m->masters, state.params, m->table.numel * sizeof(float));
-    if (state.first) upload(m->first, state.first, m->table.numel * sizeof(float));
-    if (state.second) upload(m->second, state.second, m->table.state_numel * sizeof(float));
-    if (working_copy(m, 0)) weights_round(m->weights, m->masters, m->table.numel, m->stream);
+    const ShardPlan *plan = &m->plan;
+    const ShardRank *share = &plan->share[plan->rank];
+    for (int i = shard_next(plan, 0); i < plan->count; i = shard_next(plan, i + 1)) {
+        const Piece *p = &plan->piece[i];
+        upload(m->masters + p->at, state.params + p->offset, p->count * sizeof(float));
+        if (working_copy(m, 0))
+            weights_round(m->weights + p->offset, m->masters + p->at, p->count, m->stream);
+    }
+    if (state.first) upload(m->first, state.first, share->numel * sizeof(float));
+    if (state.second) upload(m->second, state.second, share->state_numel * sizeof(float));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    m->stale = plan->world > 1;
 }
 
 void model_state_free(Model *m, ModelState state) {

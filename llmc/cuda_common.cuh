@@ -62,11 +62,11 @@ typedef struct {
 
 // Makes the context and asks for code. Exits 7 when another process holds the GPU, or the program
 // was built for other architectures.
-static inline void gpu_open(const Gpu *g) {
+static inline void gpu_open(const Gpu *g, int device) {
     const int built_for[] = {__CUDA_ARCH_LIST__};
     char list[100] = "";
     cudaFuncAttributes code;
-    cudaError_t e = cudaSetDevice(0);
+    cudaError_t e = cudaSetDevice(device);
     if (e == cudaSuccess) e = cudaFree(NULL);  // before CUDA 12 only this makes a context
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&code, gpu_code_kernel);
     if (e == cudaSuccess) return;
@@ -83,9 +83,9 @@ static inline void gpu_open(const Gpu *g) {
         g->name, g->major, g->minor, list, g->major, g->minor, g->major == 9 ? "a" : "");
 }
 
-// Opens GPU 0 of those visible. Exits 7, saying why, when there is none, its driver is too old, it
-// is another process's alone, or the program holds no code for it.
-static inline void gpu_init(Gpu *g) {
+// Opens GPU `device` of those visible. Exits 7, saying why, when there is none, its driver is too
+// old, it is another process's alone, or the program holds no code for it; 2 when there are fewer.
+static inline void gpu_init(Gpu *g, int device) {
     int count = 0, driver = 0, runtime = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
@@ -99,14 +99,19 @@ static inline void gpu_init(Gpu *g) {
             "GPU: found none (%s); nvidia-smi and CUDA_VISIBLE_DEVICES tell what is visible; "
             "train_gpt2 trains on the CPU",
             e == cudaSuccess ? "no device is visible" : cudaGetErrorString(e));
+    if (device >= count)
+        die(EXIT_USAGE,
+            "found %d GPU%s on this machine, expected one for each of its ranks: start "
+            "fewer, or see CUDA_VISIBLE_DEVICES",
+            count, count == 1 ? "" : "s");
     cudaDeviceProp p;
-    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    CUDA_CHECK(cudaGetDeviceProperties(&p, device));
     snprintf(g->name, sizeof g->name, "%s", p.name);
     g->processors = p.multiProcessorCount;
     g->major = p.major, g->minor = p.minor;
     g->memory = p.totalGlobalMem;
     g->taken = 0;
-    gpu_open(g);
+    gpu_open(g, device);
 }
 
 // Device memory; `what` and what to lower stand in the message when there is too little (exit 7).

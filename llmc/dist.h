@@ -20,6 +20,7 @@
 #include <string.h>
 
 #ifdef USE_MPI
+#define OMPI_SKIP_MPICXX 1  // not its C++ classes, which need a library of their own
 #include <mpi.h>
 #endif
 
@@ -27,6 +28,7 @@
 
 typedef struct {
     int rank, world;
+    int local;     // rank among those of the same machine
     float *parts;  // (world, DIST_CHUNK): numbers of all ranks, to be added
 } Dist;
 
@@ -60,6 +62,8 @@ static inline void dist_init(Dist *d) {
     MPI_CHECK(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
     MPI_CHECK(MPI_Comm_rank(MPI_COMM_WORLD, &d->rank));
     MPI_CHECK(MPI_Comm_size(MPI_COMM_WORLD, &d->world));
+    const char *local = getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+    d->local = local ? atoi(local) : 0;
     die_rank = d->rank;
     d->parts = (float *)die_alloc((size_t)d->world * DIST_CHUNK, sizeof *d->parts, "sums of ranks");
 #else

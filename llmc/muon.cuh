@@ -33,8 +33,9 @@
 #include <string.h>
 
 #include "llmc/matmul.cuh"     // Matmul, matmul_square, matmul_batched
-#include "llmc/model.h"        // Table, Tensor, GROUP_MATRIX
+#include "llmc/model.h"        // Tensor, GROUP_MATRIX
 #include "llmc/muon_gate.cuh"  // muon_gate_update; muon_polar, muon_nesterov, ...
+#include "llmc/shard.h"        // ShardPlan, Piece, shard_next
 #include "llmc/step.cuh"       // StepState
 #include "llmc/vec.cuh"        // vec_load, vec_store, block_sum
 
@@ -227,6 +228,7 @@ __device__ __forceinline__ size_t muon_row_offset(const MuonMatrix *matrix, int 
     if (row >= rows || step->skip) return;
     size_t at = muon_row_offset(matrix, row, R, K);
     float lr = step->lr * lr_scale, decay = lr * step->wd;
+    if (weights) weights += matrix[row / R].weight + (size_t)(row % R) * K;
     for (int k = VEC * lane; k < K; k += VEC * WARP) {
         float xk[VEC], w[VEC], f[VEC];
         vec_load(xk, x + (size_t)row * K + k), vec_load(w, params + at + k);
@@ -235,7 +237,7 @@ __device__ __forceinline__ size_t muon_row_offset(const MuonMatrix *matrix, int 
         for (int j = 0; j < VEC; j++)
             w[j] = muon_apply(w[j], (R < K ? f[j] : factor[row]) * xk[j], lr, decay);
         vec_store(params + at + k, w);
-        if (weights) vec_store(weights + at + k, w);
+        if (weights) vec_store(weights + k, w);
     }
 }
 
@@ -283,10 +285,12 @@ static inline size_t muon_shape_layout(MuonShape *s, size_t scratch, char *memor
 
 // Lays everything out from `memory` on; the shapes share the scratch. Returns the bytes; memory
 // NULL: only counts.
-static inline size_t muon_layout(Muon *m, const Table *t, size_t scratch, char *memory) {
+static inline size_t muon_layout(Muon *m, const ShardPlan *plan, size_t scratch, char *memory) {
     memset(m, 0, sizeof *m);
-    for (int i = 0; i < t->count; i++)
-        if (t->tensor[i].group == GROUP_MATRIX) muon_shape_of(m, &t->tensor[i])->count++;
+    for (int i = shard_next(plan, 0); i < plan->count; i = shard_next(plan, i + 1)) {
+        const Tensor *x = plan->piece[i].tensor;
+        if (x->group == GROUP_MATRIX) muon_shape_of(m, x)->count++;
+    }
     size_t at = 0, largest = 0;
     for (int i = 0; i < m->shapes; i++) {
         MuonShape *s = &m->shape[i];
@@ -301,28 +305,28 @@ static inline size_t muon_layout(Muon *m, const Table *t, size_t scratch, char *
 }
 
 // Bytes that muon_init will take.
-static inline size_t muon_bytes(const Table *t, size_t scratch) {
+static inline size_t muon_bytes(const ShardPlan *plan, size_t scratch) {
     Muon m;
-    return muon_layout(&m, t, scratch, NULL);
+    return muon_layout(&m, plan, scratch, NULL);
 }
 
-// For the matrices of the table, in chunks that need `scratch` bytes (MUON_SCRATCH), or one matrix.
+// For the matrices that this rank owns, in chunks that need `scratch` bytes (MUON_SCRATCH), or one matrix.
 // The scratch begins as NaN, so that what is read before it is written shows.
-static inline void muon_init(Muon *m, Gpu *g, const Table *t, size_t scratch) {
-    size_t bytes = muon_bytes(t, scratch);
+static inline void muon_init(Muon *m, Gpu *g, const ShardPlan *plan, size_t scratch) {
+    size_t bytes = muon_bytes(plan, scratch);
     char *memory = (char *)gpu_alloc(g, bytes, "Muon's scratch");
     CUDA_CHECK(cudaMemset(memory, 0xff, bytes));
-    muon_layout(m, t, scratch, memory);
+    muon_layout(m, plan, scratch, memory);
     m->memory = memory;
     for (int i = 0; i < m->shapes; i++) {
         MuonShape *s = &m->shape[i];
         MuonMatrix *matrix =
             (MuonMatrix *)die_alloc((size_t)s->count, sizeof *matrix, "the list of matrices");
         int count = 0;
-        for (int j = 0; j < t->count; j++) {
-            const Tensor *x = &t->tensor[j];
-            if (x->group == GROUP_MATRIX && muon_shape_of(m, x) == s)
-                matrix[count].offset = x->offset, matrix[count++].state = x->state;
+        for (int j = shard_next(plan, 0); j < plan->count; j = shard_next(plan, j + 1)) {
+            const Piece *p = &plan->piece[j];
+            if (p->tensor->group == GROUP_MATRIX && muon_shape_of(m, p->tensor) == s)
+                matrix[count++] = MuonMatrix{p->at, p->offset, p->state};
         }
         CUDA_CHECK(
             cudaMemcpy(s->matrix, matrix, (size_t)count * sizeof *matrix, cudaMemcpyHostToDevice));
@@ -423,13 +427,13 @@ static inline void muon_end(const MuonShape *s, const floatX *x /* (batch, R, K)
     CUDA_LAUNCHED();
 }
 
-// Updates every matrix of the table. Nothing in the arenas changes where step->skip is set.
+// Updates every matrix that this rank owns. Nothing in the arenas changes where step->skip is set.
 static inline void muon_update(Muon *m, Matmul *matmul,
-                               float *params,       // (table.numel)
+                               float *params,       // (numel of the rank)
                                floatX *weights,     // (table.numel), NULL where params serve
-                               const float *grads,  // (table.numel)
-                               float *first,        // (table.numel): momentum
-                               float *second,       // (table.state_numel)
+                               const float *grads,  // (numel of the rank)
+                               float *first,        // (numel of the rank): momentum
+                               float *second,       // (state_numel of the rank)
                                const StepState *step, cudaStream_t stream) {
     MuonArenas arena = {params, weights, grads, first, second};
     for (int i = 0; i < m->shapes; i++) {

@@ -14,10 +14,11 @@
 // Where a matrix lies.
 typedef struct {
     size_t offset;  // of the matrix in the arenas of parameters, gradients and momentum
+    size_t weight;  // in that of working copies
     size_t state;   // of its s in the arena of second states
 } MuonMatrix;
 
-// The arenas, laid out by the table.
+// The arenas, laid out by the plan of ranks; that of working copies by the table.
 typedef struct {
     float *params;
     floatX *weights;  // working copies, or NULL where the parameters serve
@@ -164,10 +165,10 @@ __device__ __forceinline__ float *muon_gate_polar(float *x, float *next,  // (li
     float lr = step->lr * lr_scale, decay = lr * step->wd;
     for (int e = thread; e < R * K; e += MUON_GATE_THREADS) {
         float f = (float)(keep / sqrt(fmax((double)second[R >= K ? e / K : e % K], 1e-10)));
-        size_t at = matrix[blockIdx.x].offset + e;
+        size_t at = matrix[blockIdx.x].offset + e, weight = matrix[blockIdx.x].weight + e;
         float w = muon_apply(arena.params[at], f * x[e], lr, decay);
         arena.params[at] = w;
-        if (arena.weights) arena.weights[at] = from_float<floatX>(w);
+        if (arena.weights) arena.weights[weight] = from_float<floatX>(w);
     }
 }
 

@@ -68,7 +68,7 @@ ModelFacts model_facts(const Model *);
 // states, laid out by shard.h. On the CPU they are the model's own arenas, on a GPU copies: what is
 // changed counts after model_upload.
 typedef struct {
-    float *params;  // (table.numel)
+    float *params;  // (table.numel); of a download all of it on rank 0 only
     float *first;   // (numel of the rank)
     float *second;  // (state_numel of the rank)
 } ModelState;
@@ -385,7 +385,11 @@ static inline void run_tell_nonfinite(const Run *r, const StepResult *s, const T
 // Ends the run of a step that is not finite; the rank that found it speaks before any leaves.
 static inline void run_require_finite(const Run *r, const StepResult *s) {
     if (s->finite) return;
-    const Tensor *bad = table_find_nonfinite(&r->table, model_download(r->model).params, false);
+    const float *params = model_download(r->model).params;
+    const Tensor *bad = r->dist.rank ? NULL : table_find_nonfinite(&r->table, params, false);
+    int bad_index = bad ? (int)(bad - r->table.tensor) : -1;
+    dist_broadcast(&r->dist, &bad_index, sizeof bad_index, 0);
+    bad = bad_index < 0 ? NULL : &r->table.tensor[bad_index];
     if (r->dist.rank == s->teller) run_tell_nonfinite(r, s, bad);
     dist_barrier(&r->dist);
     exit(EXIT_NONFINITE);

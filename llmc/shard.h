@@ -67,6 +67,13 @@ static inline int shard_next(const ShardPlan *s, int i) {
     return i;
 }
 
+// The first piece of the tensor of that role, NULL where the model has none.
+static inline const Piece *shard_find(const ShardPlan *s, Role role, int layer) {
+    for (const Piece *p = s->piece; p < s->piece + s->count; p++)
+        if (p->tensor->role == role && p->tensor->layer == layer) return p;
+    return NULL;
+}
+
 // FLOPs of Polar Express on a matrix, side s and length l: five steps of A = X X^T, A^2, and (b A +
 // c A^2) X.
 static inline double shard_muon_flops(const Tensor *x) {

@@ -2,7 +2,8 @@
 // backward and update.
 //
 //     grad_norm_add   sums of squares of one tensor's gradient, a number for each chunk of it
-//     step_check      norm = sqrt(sum of them), grad_scale = min(1, clip / (norm + 1e-6)),
+//     step_tell       what the others must know of this rank: its loss, the squares of each tensor
+//     step_check      norm = sqrt(sum of all ranks'), grad_scale = min(1, clip / (norm + 1e-6)),
 //                     skip = loss or norm is not finite
 //
 // The optimizer's kernels read their rates from the struct and do nothing where skip is set, so no
@@ -34,7 +35,8 @@ typedef struct {
     AdamwNumbers adamw[GROUP_COUNT];
     float momentum, beta2, lr, wd;  // Muon's
     float clip;                     // --grad-clip, 0: off
-    // Made on the device.
+    int asked;                      // of the run, from outside: a StopRequest
+    // Made on the device; of this rank, and from step_check on of all.
     double loss_sum;   // nats of all targets (loss_reduce)
     double grad_norm;  // of all tensors
     float grad_scale;  // what clipping multiplies the gradient by
@@ -91,23 +93,48 @@ constexpr int NORM_CHUNK = 65536, NORM_THREADS = 512, CHECK_THREADS = 1024;
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
+// What a rank tells: these numbers, then a sum of squares for each tensor.
+enum { TOLD_LOSS, TOLD_BAD_ROW, TOLD_ASKED, TOLD_SQUARES };
+
 // One block; a warp adds up a tensor.
 [[maybe_unused]] static __global__ void __launch_bounds__(CHECK_THREADS)
-    step_check_kernel(StepState *s,
-                      double *tensor_sums,     // (tensors)
-                      const double *partial,   // (first_chunk[tensors])
-                      const int *first_chunk,  // (tensors + 1)
-                      int tensors) {
+    step_tell_kernel(double *told,  // (TOLD_SQUARES + tensors)
+                     const StepState *s,
+                     const double *partial,   // (first_chunk[tensors])
+                     const int *first_chunk,  // (tensors + 1)
+                     int tensors) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    double all = 0;
     for (int t = warp; t < tensors; t += CHECK_THREADS / WARP) {
         double sum = 0;
         for (int i = first_chunk[t] + lane; i < first_chunk[t + 1]; i += WARP) sum += partial[i];
         sum = warp_sum(sum);
-        if (lane == 0) tensor_sums[t] = sum, all += sum;
+        if (lane == 0) told[TOLD_SQUARES + t] = sum;
+    }
+    if (threadIdx.x) return;
+    told[TOLD_LOSS] = s->loss_sum, told[TOLD_BAD_ROW] = s->bad_row, told[TOLD_ASKED] = s->asked;
+}
+
+// One block. Ranks are added in their order, for each tensor.
+[[maybe_unused]] static __global__ void __launch_bounds__(CHECK_THREADS)
+    step_check_kernel(StepState *s,
+                      const double *told,  // (world, TOLD_SQUARES + tensors)
+                      int world, int tensors) {
+    double all = 0;
+    int apart = TOLD_SQUARES + tensors;
+    for (int t = (int)threadIdx.x; t < tensors; t += CHECK_THREADS) {
+        double sum = 0;
+        for (int r = 0; r < world; r++) sum += told[r * apart + TOLD_SQUARES + t];
+        all += sum;
     }
     all = block_sum<CHECK_THREADS>(all);
     if (threadIdx.x) return;
+    double loss = 0, bad_row = INT_MAX, asked = 0;
+    for (int r = 0; r < world; r++) {
+        loss += told[r * apart + TOLD_LOSS];
+        bad_row = fmin(bad_row, told[r * apart + TOLD_BAD_ROW]);
+        asked = fmax(asked, told[r * apart + TOLD_ASKED]);
+    }
+    s->loss_sum = loss, s->bad_row = (int)bad_row, s->asked = (int)asked;
     s->grad_norm = sqrt(all);
     s->grad_scale = s->clip > 0 ? (float)fmin(1.0, s->clip / (s->grad_norm + 1e-6)) : 1.0f;
     s->skip = !isfinite(s->loss_sum) || !isfinite(s->grad_norm);
@@ -128,13 +155,19 @@ static inline void grad_norm_add(double *partial,  // (grad_norm_chunks(count)):
     CUDA_LAUNCHED();
 }
 
-static inline void step_check(StepState *step,         // loss_sum is final
-                              double *tensor_sums,     // (tensors): squares, in the table's order
-                              const double *partial,   // (first_chunk[tensors])
-                              const int *first_chunk,  // (tensors + 1), device: where each begins
-                              int tensors, cudaStream_t stream) {
-    step_check_kernel<<<1, CHECK_THREADS, 0, stream>>>(step, tensor_sums, partial, first_chunk,
-                                                       tensors);
+static inline void step_tell(double *told,            // (TOLD_SQUARES + tensors)
+                             const StepState *step,   // its loss is final
+                             const double *partial,   // (first_chunk[tensors])
+                             const int *first_chunk,  // (tensors + 1), device: where each begins
+                             int tensors, cudaStream_t stream) {
+    step_tell_kernel<<<1, CHECK_THREADS, 0, stream>>>(told, step, partial, first_chunk, tensors);
+    CUDA_LAUNCHED();
+}
+
+static inline void step_check(StepState *step,
+                              const double *told,  // (world, TOLD_SQUARES + tensors)
+                              int world, int tensors, cudaStream_t stream) {
+    step_check_kernel<<<1, CHECK_THREADS, 0, stream>>>(step, told, world, tensors);
     CUDA_LAUNCHED();
 }
 

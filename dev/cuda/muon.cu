@@ -51,6 +51,7 @@ typedef struct {
     float *factor;          // (count, lines) scratch: what those are multiplied by
     float *wide;            // v1's scratch for products: see Products
     Table table;            // of the matrices
+    ShardPlan plan;         // of one rank
     Muon muon;              // llmc's: lists of matrices, and scratch
 } Job;
 
@@ -371,7 +372,8 @@ static void job_init(Job *j, int count, int R, int K, double lr, double wd) {
     j->side = R < K ? R : K, j->lines = R < K ? K : R;
     t->tensor = (Tensor *)die_alloc((size_t)count, sizeof *t->tensor, "matrices");
     for (int i = 0; i < count; i++) table_add(t, "w", WQ, i, R, K, GROUP_MATRIX, zero, zero);
-    muon_init(&j->muon, &test_gpu, t, MUON_SCRATCH);
+    shard_init(&j->plan, t, 0, 1);
+    muon_init(&j->muon, &test_gpu, &j->plan, MUON_SCRATCH);
     size_t n = (size_t)R * K, states = (size_t)count * j->lines;
     assert(t->numel == count * n && t->state_numel == states && j->muon.shape[0].batch == count);
     StepState step;
@@ -388,7 +390,7 @@ static void job_init(Job *j, int count, int R, int K, double lr, double wd) {
 
 static void job_free(Job *j) {
     muon_free(&j->muon);
-    table_free(&j->table);
+    shard_free(&j->plan), table_free(&j->table);
     gpu_end_case();
 }
 

@@ -162,7 +162,7 @@ static void trainer_configure(Trainer *t, const char *flags) {
 
 static void trainer_init(Trainer *t, const char *flags) {
     trainer_configure(t, flags);
-    static const Dist alone = {0, 1, NULL};
+    static const Dist alone = {0, 1, 0, NULL};
     model_init(&t->model, &t->cfg, &t->plan, &alone, (uint32_t)t->flags.seed,
                t->flags.init[0] == 't');
 }

@@ -312,7 +312,7 @@ static inline void gpu_test_begin(void) {
         printf(probe ? "no GPU: skipped\n" : "no GPU: skipped\n0 passed, 0 failed\n");
         exit(0);
     }
-    gpu_init(&test_gpu);
+    gpu_init(&test_gpu, 0);
     int *answer = (int *)gpu_bytes("probe", sizeof(int)), found = 0;
     gpu_probe<<<1, 1>>>(answer);
     CUDA_LAUNCHED();

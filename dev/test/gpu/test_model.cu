@@ -209,7 +209,8 @@ TEST(memory_is_what_dry_run_says) {
     double said = 0;
     snprintf(flags, sizeof flags, "%s 4", SMALL);
     trainer_init(&t, flags);
-    for (int i = model_memory(rows, &t.cfg, &t.plan, NULL) - 1; i >= 0; i--) said += rows[i].bytes;
+    for (int i = model_memory(rows, &t.cfg, &t.plan, &t.model.plan) - 1; i >= 0; i--)
+        said += rows[i].bytes;
     CHECK_INT(t.model.gpu.taken, said);
     model_free(&t.model);
 }
@@ -259,7 +260,8 @@ TEST(not_finite_no_update) {
     float *after = trainer_params(&t);
     CHECK(!s.finite);
     CHECK_INT(find_bad_row(&t.model, &t.phase, 0, (int)s.bad_row), 5);
-    CHECK_STR(find_bad_tensor(&t.model), "lm_head");  // the loss was first: all of backward is NaN
+    CHECK_STR(find_bad_tensor(&t.model, &teller),
+              "lm_head");  // the loss was first: all of backward is NaN
     CHECK(!memcmp(before, after, bytes));
     free(before), free(after);
     model_free(&t.model);
@@ -274,17 +276,18 @@ TEST(bad_gradient_is_named) {
     trainer_init(&t, flags);
     const Table *table = &t.model.table;
     size_t bytes = table->numel * sizeof(float);
+    int teller;
     float *grads = (float *)die_alloc(table->numel, sizeof *grads, "gradients");
     float *before = trainer_params(&t);
     CUDA_CHECK(cudaMemcpy(grads, t.model.grads, bytes, cudaMemcpyDeviceToHost));
-    CHECK(find_bad_tensor(&t.model) == NULL);
+    CHECK(find_bad_tensor(&t.model, &teller) == NULL);
     grads[table_find(table, WTE, -1)->offset] = NAN;
     grads[table_find(table, WQ, 1)->offset] = NAN;
     grads[table_find(table, WFC, 1)->offset + 3] = INFINITY;
     trainer_update(&t, grads, 0);
     float *after = trainer_params(&t);
     CHECK_INT(t.model.host_step->skip, 1);
-    CHECK_STR(find_bad_tensor(&t.model), "layers.1.wfc");
+    CHECK_STR(find_bad_tensor(&t.model, &teller), "layers.1.wfc");
     CHECK(!memcmp(before, after, bytes));
     free(grads), free(before), free(after);
     model_free(&t.model);

@@ -31,6 +31,7 @@ typedef struct {
 
 typedef struct {
     Table table;
+    ShardPlan plan;  // of one rank
     Muon muon;
     StepState host, *step;
     GpuArray<float> params, first, second, grads;
@@ -51,10 +52,11 @@ static void case_init(Case *c, const Shape *shapes, int shape_count, int count, 
                       GROUP_MATRIX, zero, zero);
         table_add(t, "lambda", RESID_LAMBDA, i, 0, 5, GROUP_RESID, zero, zero);
     }
-    muon_init(&c->muon, &test_gpu, t, scratch);
+    shard_init(&c->plan, t, 0, 1);
+    muon_init(&c->muon, &test_gpu, &c->plan, scratch);
     for (int i = 0; i < c->muon.shapes; i++) {
         char *from = (char *)c->muon.shape[i].x, *memory = (char *)c->muon.memory;
-        size_t bytes = muon_bytes(t, scratch) - (size_t)(from - memory);
+        size_t bytes = muon_bytes(&c->plan, scratch) - (size_t)(from - memory);
         if (from) CUDA_CHECK(cudaMemset(from, 0xff, bytes));
     }
     c->host.momentum = 0.95f, c->host.beta2 = 0.9f, c->host.grad_scale = 0.75f;
@@ -72,7 +74,7 @@ static void case_init(Case *c, const Shape *shapes, int shape_count, int count, 
 
 static void case_free(Case *c) {
     muon_free(&c->muon);
-    table_free(&c->table);
+    shard_free(&c->plan), table_free(&c->table);
     gpu_end_case();
 }
 
@@ -233,7 +235,7 @@ static const Shape model[] = {
 TEST(batches_and_chunks) {
     Case c;
     case_init(&c, model, 1, 1, 1);
-    size_t one = muon_bytes(&c.table, 1);
+    size_t one = muon_bytes(&c.plan, 1);
     case_free(&c);
     check_updates(model, 4, 5, MUON_SCRATCH, 3);
     check_updates(model, 1, 5, 2 * one, 2);
@@ -379,20 +381,22 @@ TEST(same_bits_and_skip) {
 }
 
 // The tensors of a model of an even depth, its vocabulary small: tables are AdamW's.
-static void model_table(Table *t, int depth) {
+static void model_table(Table *t, ShardPlan *plan, int depth) {
     Config c;
     memset(&c, 0, sizeof c);
     c.L = depth, c.C = 64 * depth, c.F = 4 * c.C, c.H = c.C / 128, c.V = c.Vp = 128;
     table_init(t, &c);
+    shard_init(plan, t, 0, 1);
 }
 
 TEST(memory_is_bounded) {
     Table t;
-    model_table(&t, 48);
-    CHECK(muon_bytes(&t, MUON_SCRATCH) <= (size_t)MUON_SCRATCH + (1 << 16));
-    CHECK(muon_bytes(&t, 1) >= sizeof(floatX) * 2 * 3072 * 12288);  // one matrix at least
-    CHECK(muon_bytes(&t, 1) < muon_bytes(&t, MUON_SCRATCH));
-    table_free(&t);
+    ShardPlan plan;
+    model_table(&t, &plan, 48);
+    CHECK(muon_bytes(&plan, MUON_SCRATCH) <= (size_t)MUON_SCRATCH + (1 << 16));
+    CHECK(muon_bytes(&plan, 1) >= sizeof(floatX) * 2 * 3072 * 12288);  // one matrix at least
+    CHECK(muon_bytes(&plan, 1) < muon_bytes(&plan, MUON_SCRATCH));
+    shard_free(&plan), table_free(&t);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -438,9 +442,10 @@ static StepState *bench_step(void) {
 // An update of all matrices of a model, and what of it is not products.
 static void bench_muon(int depth) {
     Table t;
+    ShardPlan plan;
     Muon m;
-    model_table(&t, depth);
-    muon_init(&m, &test_gpu, &t, MUON_SCRATCH);
+    model_table(&t, &plan, depth);
+    muon_init(&m, &test_gpu, &plan, MUON_SCRATCH);
     double matrices = 0;
     for (int i = 0; i < t.count; i++)
         if (t.tensor[i].group == GROUP_MATRIX) matrices += (double)tensor_numel(&t.tensor[i]);
@@ -461,8 +466,8 @@ static void bench_muon(int depth) {
            "%.0f MB of scratch\n",
            depth, 1e-6 * matrices, ms, ms - rest, 1e-9 * muon_flops(&m) / (ms - rest), rest,
            1e-6 * (sizeof(floatX) == 2 ? 36 : 40) * matrices / rest,
-           1e-6 * (double)muon_bytes(&t, MUON_SCRATCH));
-    table_free(&t);
+           1e-6 * (double)muon_bytes(&plan, MUON_SCRATCH));
+    shard_free(&plan), table_free(&t);
 }
 
 static void bench_adamw(size_t count) {

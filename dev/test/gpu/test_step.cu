@@ -38,7 +38,7 @@ TEST(squares_neither_overflow_nor_vanish) {
 // but for bad0 and bad1, in which one is `value`.
 typedef struct {
     StepState step;
-    double sums;  // of tensor_sums
+    double sums;  // of what is told
 } Checked;
 
 static Checked check(int tensors, float clip, double loss, double value, int bad0, int bad1) {
@@ -55,15 +55,17 @@ static Checked check(int tensors, float clip, double loss, double value, int bad
     result.step.clip = clip, result.step.loss_sum = loss;
     int *device_first = gpu_ints("first", first, tensors + 1);
     double *device_partial = (double *)gpu_bytes("partial", sizeof(double) * chunks);
-    double *sums = (double *)gpu_bytes("sums", sizeof(double) * tensors);
+    double *told = (double *)gpu_bytes("told", sizeof(double) * (TOLD_SQUARES + tensors));
     StepState *step = (StepState *)gpu_bytes("step", sizeof *step);
     CUDA_CHECK(
         cudaMemcpy(device_partial, partial, sizeof(double) * chunks, cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(step, &result.step, sizeof *step, cudaMemcpyHostToDevice));
-    step_check(step, sums, device_partial, device_first, tensors, 0);
+    step_tell(told, step, device_partial, device_first, tensors, 0);
+    step_check(step, told, 1, tensors, 0);
     CUDA_CHECK(cudaMemcpy(&result.step, step, sizeof *step, cudaMemcpyDeviceToHost));
     double *host = gpu_expected<double>(tensors);
-    CUDA_CHECK(cudaMemcpy(host, sums, sizeof(double) * tensors, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(
+        cudaMemcpy(host, told + TOLD_SQUARES, sizeof(double) * tensors, cudaMemcpyDeviceToHost));
     result.sums = 0;
     for (int t = 0; t < tensors; t++) result.sums += host[t];
     gpu_end_case();

@@ -1,0 +1,62 @@
+// nccl.h: what of NCCL llmc/dist.cuh uses, for ranks whose GPUs are emulated: MPI between host
+// memories, which are all there is. A group's messages are one piece of a stream's work.
+#ifndef EMULATE_NCCL_H
+#define EMULATE_NCCL_H
+
+#include "llmc/dist.h"  // mpi.h
+
+#include <vector>
+
+typedef int ncclResult_t;
+typedef void *ncclComm_t;
+typedef enum { ncclFloat = 4, ncclDouble = 8, ncclBfloat16 = 2 } ncclDataType_t;  // bytes
+typedef struct {
+    char bytes[128];
+} ncclUniqueId;
+enum { ncclSuccess };
+
+inline const char *ncclGetErrorString(ncclResult_t) { return "an error of MPI"; }
+inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) { return *id = {}, ncclSuccess; }
+inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int, ncclUniqueId, int) {
+    return *comm = (void *)1, ncclSuccess;
+}
+inline ncclResult_t ncclCommDestroy(ncclComm_t) { return ncclSuccess; }
+
+struct NcclMessage {
+    bool send;
+    char *data;
+    size_t bytes;
+    int peer;
+};
+inline std::vector<NcclMessage> nccl_group;
+inline cudaStream_t nccl_stream;
+
+inline ncclResult_t ncclGroupStart(void) { return nccl_group.clear(), ncclSuccess; }
+inline ncclResult_t ncclSend(const void *data, size_t count, ncclDataType_t type, int peer,
+                             ncclComm_t, cudaStream_t stream) {
+    nccl_group.push_back({true, (char *)data, count * type, peer}), nccl_stream = stream;
+    return ncclSuccess;
+}
+inline ncclResult_t ncclRecv(void *data, size_t count, ncclDataType_t type, int peer, ncclComm_t,
+                             cudaStream_t stream) {
+    nccl_group.push_back({false, (char *)data, count * type, peer}), nccl_stream = stream;
+    return ncclSuccess;
+}
+inline ncclResult_t ncclGroupEnd(void) {
+    emulate::enqueue(nccl_stream, [messages = nccl_group] {
+        std::vector<MPI_Request> requests;
+        for (const NcclMessage &m : messages) {
+            requests.emplace_back();
+            if (m.send)
+                MPI_Isend(m.data, (int)m.bytes, MPI_BYTE, m.peer, 1, MPI_COMM_WORLD,
+                          &requests.back());
+            else
+                MPI_Irecv(m.data, (int)m.bytes, MPI_BYTE, m.peer, 1, MPI_COMM_WORLD,
+                          &requests.back());
+        }
+        MPI_Waitall((int)requests.size(), requests.data(), MPI_STATUSES_IGNORE);
+    });
+    return ncclSuccess;
+}
+
+#endif
