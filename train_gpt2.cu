@@ -932,9 +932,9 @@ StepResult model_step(Model *m, Loader *loader, const Phase *phase, const Plan *
         fetch_batches(m, loader, &next, true);
     }
     CUDA_CHECK(cudaStreamSynchronize(s));
+    m->stale = m->plan.world > 1 && !m->host_step->skip;
     StepResult result = step_result(m, phase, first_slot);
     result.at = at;
-    m->stale = m->plan.world > 1 && result.finite;
     if (trace)
         CUDA_CHECK(cudaMemcpy(trace->grads, m->grads, m->table.numel * sizeof(float),
                               cudaMemcpyDeviceToHost));

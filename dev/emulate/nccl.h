@@ -22,6 +22,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int, ncclUniqueId, int) {
 }
 inline ncclResult_t ncclCommDestroy(ncclComm_t) { return ncclSuccess; }
 
+inline cudaStream_t nccl_stream;  // of the group
+
 struct NcclMessage {
     bool send;
     char *data;
@@ -29,34 +31,43 @@ struct NcclMessage {
     int peer;
 };
 inline std::vector<NcclMessage> nccl_group;
-inline cudaStream_t nccl_stream;
+inline bool nccl_in_group;
 
-inline ncclResult_t ncclGroupStart(void) { return nccl_group.clear(), ncclSuccess; }
+inline ncclResult_t ncclGroupStart(void) { return nccl_in_group = true, ncclSuccess; }
+
+// All at once: the order in which ranks name their messages does not matter.
+inline void nccl_exchange(const std::vector<NcclMessage> &messages) {
+    std::vector<MPI_Request> requests;
+    for (const NcclMessage &m : messages) {
+        requests.emplace_back();
+        if (m.send)
+            MPI_Isend(m.data, (int)m.bytes, MPI_BYTE, m.peer, 1, MPI_COMM_WORLD, &requests.back());
+        else
+            MPI_Irecv(m.data, (int)m.bytes, MPI_BYTE, m.peer, 1, MPI_COMM_WORLD, &requests.back());
+    }
+    MPI_Waitall((int)requests.size(), requests.data(), MPI_STATUSES_IGNORE);
+}
+
+inline ncclResult_t nccl_add(NcclMessage message, cudaStream_t stream) {
+    nccl_group.push_back(message);
+    if (nccl_in_group) return ncclSuccess;
+    emulate::enqueue(stream, [messages = nccl_group] { nccl_exchange(messages); });
+    return nccl_group.clear(), ncclSuccess;
+}
+
 inline ncclResult_t ncclSend(const void *data, size_t count, ncclDataType_t type, int peer,
                              ncclComm_t, cudaStream_t stream) {
-    nccl_group.push_back({true, (char *)data, count * type, peer}), nccl_stream = stream;
-    return ncclSuccess;
+    nccl_stream = stream;
+    return nccl_add({true, (char *)data, count * type, peer}, stream);
 }
 inline ncclResult_t ncclRecv(void *data, size_t count, ncclDataType_t type, int peer, ncclComm_t,
                              cudaStream_t stream) {
-    nccl_group.push_back({false, (char *)data, count * type, peer}), nccl_stream = stream;
-    return ncclSuccess;
+    nccl_stream = stream;
+    return nccl_add({false, (char *)data, count * type, peer}, stream);
 }
 inline ncclResult_t ncclGroupEnd(void) {
-    emulate::enqueue(nccl_stream, [messages = nccl_group] {
-        std::vector<MPI_Request> requests;
-        for (const NcclMessage &m : messages) {
-            requests.emplace_back();
-            if (m.send)
-                MPI_Isend(m.data, (int)m.bytes, MPI_BYTE, m.peer, 1, MPI_COMM_WORLD,
-                          &requests.back());
-            else
-                MPI_Irecv(m.data, (int)m.bytes, MPI_BYTE, m.peer, 1, MPI_COMM_WORLD,
-                          &requests.back());
-        }
-        MPI_Waitall((int)requests.size(), requests.data(), MPI_STATUSES_IGNORE);
-    });
-    return ncclSuccess;
+    emulate::enqueue(nccl_stream, [messages = nccl_group] { nccl_exchange(messages); });
+    return nccl_in_group = false, nccl_group.clear(), ncclSuccess;
 }
 
 #endif

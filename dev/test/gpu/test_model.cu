@@ -248,7 +248,7 @@ TEST(says_what_is_too_much) {
 TEST(not_finite_no_update) {
     static Trainer t;
     char flags[512];
-    int rows[SMALL_TOKENS];
+    int rows[SMALL_TOKENS], teller;
     snprintf(flags, sizeof flags, "%s 2", SMALL);
     trainer_init(&t, flags);
     size_t C = (size_t)t.cfg.C, bytes = t.model.table.numel * sizeof(float);
