@@ -18,7 +18,7 @@ BLAS    := $(shell pkg-config --exists openblas 2>/dev/null && echo -DUSE_OPENBL
 BLAS_L  := $(if $(BLAS),$(shell pkg-config --libs openblas))
 
 # MPI, for several ranks on CPUs (mpirun); MPI= leaves it out.
-MPI     ?= $(shell pkg-config --exists ompi-c 2>/dev/null && echo -DUSE_MPI $$(pkg-config --cflags ompi-c))
+MPI     := $(shell pkg-config --exists ompi-c 2>/dev/null && echo -DUSE_MPI $$(pkg-config --cflags ompi-c))
 MPI_L   := $(if $(MPI),$(shell pkg-config --libs ompi-c))
 
 # CUDA: nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda, and the architectures to build for:
@@ -37,6 +37,12 @@ HOPPER   := $(if $(filter-out 90a,$(ARCH)),,-DHOPPER)
 GENCODE  := $(foreach a,$(subst $(comma), ,$(ARCH)),-gencode arch=compute_$(a),code=sm_$(a))
 FP32     := $(if $(filter FP32,$(PRECISION)),_fp32)
 $(if $(filter BF16 FP32,$(PRECISION)),,$(error PRECISION: found $(PRECISION), expected BF16 or FP32))
+
+# NCCL, where it is found, for several GPUs; NCCL= leaves it out.
+NCCL     := $(if $(CUDA),$(shell $(FIND) nccl))
+NCCL_F   := $(if $(NCCL),-DUSE_NCCL $(addprefix -isystem ,$(filter-out /usr/include,$(word 1,$(NCCL)))))
+NCCL_SO  := $(word 2,$(NCCL))
+NCCL_L   := $(if $(NCCL),-L$(dir $(NCCL_SO)) -l:$(notdir $(NCCL_SO)) -Xlinker -rpath=$(dir $(NCCL_SO)))
 
 # USE_CUDNN=1: the BF16 trainer's attention is cuDNN's.
 ifdef USE_CUDNN
@@ -90,17 +96,17 @@ STAMP = @mkdir -p $(BUILD)/test $(BUILD)/bench $(BUILD)/cuda $(BUILD)/gpu/bf16 $
 $(BUILD)/flags: FORCE
 	$(call STAMP,$(CC) $(ALL_CFLAGS) $(BLAS) $(MPI) $(LDLIBS))
 $(BUILD)/flags.cuda: FORCE
-	$(call STAMP,$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS) $(CUDNN) $(FRONTEND))
+	$(call STAMP,$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS) $(CUDNN) $(FRONTEND) $(NCCL))
 FORCE:
 
 $(BUILD)/train_gpt2: train_gpt2.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $(MPI) $< -o $@ $(LDLIBS) $(MPI_L)
 
 $(BUILD)/train_gpt2cu: train_gpt2.cu $(CUDNN_O) $(BUILD)/flags.cuda
-	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN))
+	$(call nvcc,$(CUDNN_O:%.o=-DUSE_CUDNN) $(NCCL_F)) $(NCCL_L)
 
 $(BUILD)/train_gpt2cu_fp32: train_gpt2.cu $(BUILD)/flags.cuda
-	$(call nvcc,-DPRECISION_FP32)
+	$(call nvcc,-DPRECISION_FP32 $(NCCL_F)) $(NCCL_L)
 
 $(BUILD)/diff: dev/diff/diff.c $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
@@ -220,7 +226,7 @@ doctor:
 	@$(if $(CUDA),,#)echo "attention   $(if $(HOPPER),llmc/attention_sm90.cuh: wgmma,llmc/attention.cuh: mma.sync$(if $(findstring 90a,$(ARCH)),; ARCH=90a alone takes Hopper's))"
 	@$(FIND) cudnn          | awk '{ print "cuDNN       " $$3 " at " $$2; found = 1 } END { if (!found) print "cuDNN       not found: no USE_CUDNN=1; set CUDNN_HOME" }'
 	@$(FIND) cudnn-frontend | awk '{ print "  frontend  " $$3 " at " $$1; found = 1 } END { if (!found) print "  frontend  not found: no USE_CUDNN=1; install the wheel nvidia-cudnn-frontend or set CUDNN_FRONTEND_PATH" }'
-	@$(FIND) nccl           | awk '{ print "NCCL        " $$3 " at " $$2 ", not used yet" }'
+	@$(FIND) nccl           | awk '{ print "NCCL        " $$3 " at " $$2 }' | grep . || echo "NCCL        not found: one GPU; install libnccl-dev, or set NCCL_HOME"
 
 # README.md's list of flags, from the table.
 readme: $(BUILD)/train_gpt2

@@ -29,8 +29,6 @@
 #include "llmc/vec.cuh"          // vec_load, vec_store
 
 #ifdef USE_NCCL
-#include <nccl.h>
-
 #define NCCL_CHECK(call) net_check(call, #call, __FILE__, __LINE__)
 static inline void net_check(ncclResult_t error, const char *what, const char *file, int line) {
     if (error != ncclSuccess)

@@ -111,6 +111,7 @@ void model_logits(Model *, const int *tokens /* (count) */, int count, const Pha
 typedef struct {
     double started;  // the process: seconds of log_seconds
     Dist dist;
+    int ranks;  // dist.world, or those that --gpus is to start
     Arg args[FLAGS_COUNT];
     Flags flags;
     char *flags_text;  // the flags that were given, on one line
@@ -151,12 +152,16 @@ static inline void run_configure(Run *r, int argc, char **argv) {
     r->cfg = config_from_flags(f, r->has_tokenizer ? r->tokenizer.vocab : -1,
                                r->has_tokenizer ? r->tokenizer.bos : -1);
     int micro_tokens = model_micro_tokens(&r->cfg, f->recompute);
-    r->plan = plan_from_flags(f, &r->cfg, r->dist.world, micro_tokens);
+    r->ranks = r->dist.world > 1 || !f->gpus ? r->dist.world : f->gpus;
+    r->plan = plan_from_flags(f, &r->cfg, r->ranks, micro_tokens);
     check_micro_batch(f, &r->cfg, &r->plan, micro_tokens);
     table_init(&r->table, &r->cfg);
-    shard_init(&r->shard, &r->table, r->dist.rank, r->dist.world);
-    if (*f->dump && r->dist.world > 1)
-        die(EXIT_USAGE, "--dump: found %d ranks, expected 1; a dump is of one", r->dist.world);
+    shard_init(&r->shard, &r->table, r->dist.rank, r->ranks);
+    if (*f->dump && r->ranks > 1)
+        die(EXIT_USAGE, "--dump: found %d ranks, expected 1; a dump is of one", r->ranks);
+    if (f->gpus && r->dist.world > 1 && f->gpus != r->dist.world)
+        die(EXIT_USAGE, "--gpus: found %d, but a launcher that has started %d ranks; leave it out",
+            f->gpus, r->dist.world);
 }
 
 // --dry-run.
@@ -239,6 +244,7 @@ static inline CkptMeta run_meta(const Run *r) {
 static inline bool run_save(Run *r) {
     bool first = r->dist.rank == 0;
     char folder[IO_PATH_MAX] = "";
+    dist_at(&r->dist, r->step, "a save");
     ModelState state = model_download(r->model);
     StTensor *params, *states;
     int n = run_params(&r->table, state, &params), k = run_states(&r->shard, state, true, &states);
@@ -311,6 +317,7 @@ static inline void run_validate(Run *r, LogRow *row) {
     if (!*r->flags.val) return;
     loader_val_rewind(&r->val);
     while (loader_val_more(&r->val)) {
+        dist_at(&r->dist, r->step, "a validation");
         int rows = loader_val_next(&r->val, r->inputs, r->targets, r->plan.micro_rows);
         if (!rows) continue;  // the last rows went to the ranks before this one
         model_losses(r->model, r->inputs, r->targets, rows, (int)T, &phase, r->losses);
@@ -383,7 +390,7 @@ static inline void run_tell_nonfinite(const Run *r, const StepResult *s, const T
 }
 
 // Ends the run of a step that is not finite; the rank that found it speaks before any leaves.
-static inline void run_require_finite(const Run *r, const StepResult *s) {
+static inline void run_require_finite(Run *r, const StepResult *s) {
     if (s->finite) return;
     const float *params = model_download(r->model).params;
     const Tensor *bad = r->dist.rank ? NULL : table_find_nonfinite(&r->table, params, false);
@@ -392,6 +399,7 @@ static inline void run_require_finite(const Run *r, const StepResult *s) {
     bad = bad_index < 0 ? NULL : &r->table.tensor[bad_index];
     if (r->dist.rank == s->teller) run_tell_nonfinite(r, s, bad);
     dist_barrier(&r->dist);
+    dist_free(&r->dist);
     exit(EXIT_NONFINITE);
 }
 
@@ -405,6 +413,7 @@ static inline StopRequest run_poll(const Run *r) {
 // same: what one is told goes to all with a step's loss, so it is asked for before the step.
 static inline StopRequest run_step(Run *r, LogRow *row) {
     bool alone = r->dist.world == 1;
+    dist_at(&r->dist, r->step, "a step");
     Phase phase = phase_at(&r->plan, &r->cfg, r->step);
     StepResult s = model_step(r->model, &r->loader, &phase, &r->plan, &r->flags, r->step,
                               alone ? STOP_NO : run_poll(r), NULL);
@@ -419,6 +428,9 @@ static inline StopRequest run_step(Run *r, LogRow *row) {
     r->step++, r->tokens += phase.batch, r->at = s.at, r->clock = now;
     return alone ? run_poll(r) : s.asked;
 }
+
+// Validations, samples and saves may take so many times --timeout.
+static const double RUN_PATIENCE = 10;
 
 static inline bool run_due(int64_t step, int every) { return every > 0 && step % every == 0; }
 
@@ -437,8 +449,10 @@ static inline int run_train(Run *r) {
         Schedule now = schedule_at(r->step, r->plan.steps, f->warmup);
         LogRow row =
             log_row_init(r->step, r->tokens, (int64_t)r->at.epoch, now.lr, now.momentum, now.wd);
+        dist_watch(&r->dist, r->step == first ? 0 : RUN_PATIENCE * f->timeout);
         if (validate) run_validate(r, &row);
         if (sample) run_sample(r);
+        dist_watch(&r->dist, r->step == first ? 0 : f->timeout);
         if (validate || sample || r->step == first) r->clock = log_seconds();
         if (!last) asked = run_step(r, &row);
         if (r->step == first + 2)  // now all kernels are loaded
@@ -449,6 +463,7 @@ static inline int run_train(Run *r) {
             printf("first step %.1f s after the start\n", r->clock - r->started);
         bool save = asked != STOP_NO || r->step == r->plan.steps || run_due(r->step, f->save_every);
         if (!save || !*f->out) continue;
+        dist_watch(&r->dist, RUN_PATIENCE * f->timeout);
         saved = run_save(r);
         r->clock = log_seconds();
         if (saved && asked == STOP_SAVE) printf("saved step %lld, as asked\n", (long long)r->step);
@@ -577,12 +592,22 @@ static inline void run_close(Run *r) {
     args_free();
 }
 
-// Meets the other ranks. Only rank 0 speaks, but for errors that another one alone may find.
-static inline void run_meet(Run *r) {
+// Finds this rank's place. Only rank 0 speaks, but for errors that another one alone may find.
+static inline void run_place(Run *r) {
     dist_init(&r->dist);
     if (r->dist.rank == 0) return;
     die_voice = DIE_SILENT;
     if (!freopen("/dev/null", "w", stdout)) die(EXIT_INTERNAL, "cannot open /dev/null");
+}
+
+// Meets the other ranks: those of this version with these flags.
+static inline void run_meet(Run *r) {
+    char identity[128];
+    uint32_t flags = crc32c(0, r->flags_text, strlen(r->flags_text));
+    snprintf(identity, sizeof identity, "version " SPEEDRUN_VERSION ", flags of CRC %08x",
+             (unsigned)flags);
+    if (r->dist.rank > 0) die_voice = DIE_NO_WARNINGS;
+    dist_meet(&r->dist, identity, r->flags.timeout);
 }
 
 // The whole program; main calls it with the memory for a model. Returns the exit code.
@@ -592,14 +617,15 @@ static inline int run_main(Model *model, int argc, char **argv) {
     run.started = log_seconds(), run.model = model, run.lock.fd = -1;
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);  // what is said is seen, in a file, too
     stop_listen();
-    run_meet(&run);
+    run_place(&run);
     run_configure(&run, argc, argv);
     if (run.flags.dry_run) {
         run_describe(&run);
         dist_free(&run.dist);
         return EXIT_OK;
     }
-    if (run.dist.rank > 0) die_voice = DIE_NO_WARNINGS;
+    if (run.ranks > run.dist.world) return dist_spawn(run.ranks, argv);
+    run_meet(&run);
     run_open(&run);
     die_voice = DIE_SPEAKS;
     if (*run.flags.dump) {
