@@ -902,6 +902,7 @@ static double model_accumulate(Model *m, const int *inputs /* (B, T) */,
 
 void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
                   const Phase *phase, double *losses) {
+    if (!rows) return;
     trunk_forward(m, inputs, rows, T, phase->window);
     head_loss(m, targets, (int64_t)rows * T, 0, NULL);
     memcpy(losses, m->a.losses, sizeof *losses * (size_t)rows * (size_t)T);

@@ -25,14 +25,14 @@
 //
 // RANKS. Each has a GPU, all weights, and rows of its own. When the last micro-step's backward has
 // made a block's gradients final, they go to their owners (llmc/dist.cuh) while backward goes on.
-// Loss and norms of all ranks decide on the update, of what a rank owns; masters and optimizer state
-// are of that only. The new weights go to all at the start of the next step, each block's under the
-// forward of those before it. Events, from stream to stream:
+// Loss and norms of all ranks decide on the update, of what a rank owns; masters and optimizer
+// state are of that only. The new weights go to all at the start of the next step, each block's
+// under the forward of those before it. Events, from stream to stream:
 //
 //     stream  --stepped-->      net   weights may be sent: the update is done
 //     net     --there[b]-->     stream   forward comes to block b
 //     stream  --final[b]-->     net   gradients of block b may be sent
-//     stream  --backward_done--> net   the loss may be told
+//     stream  --backward_done-> net   the loss may be told
 //     net     --norms_done-->   stream   check and update
 //
 // What changes from step to step (rates, momentum, clip scale, skip) is one struct in device memory
@@ -373,8 +373,8 @@ static const LayerWeights *layer_get(Model *m, int i) {
     return &m->w.layer[i];
 }
 
-// With it come all lambdas, which every layer reads: held through a whole pass. They are every rank's;
-// lm_head is awaited where it is used.
+// With it come all lambdas, which every layer reads: held through a whole pass. They are every
+// rank's own; lm_head is awaited where it is used.
 static const HeadWeights *head_get(Model *m) {
     block_get(m, head_block(m));
     return &m->w.head;
@@ -847,8 +847,8 @@ static void step_run(Model *m, const Phase *phase, StepTrace *trace) {
     CUDA_CHECK(cudaGraphLaunch(m->graph, m->stream));
 }
 
-// The tensor whose gradient, of all ranks, was the first not to be finite, NULL: all are; *teller: a
-// rank that found it. Copies gradients to the host: for a run that is about to end.
+// The tensor whose gradient, of all ranks, was the first not to be finite, NULL: all are; *teller:
+// a rank that found it. Copies gradients to the host: for a run that is about to end.
 static const char *find_bad_tensor(const Model *m, int *teller) {
     typedef struct {
         int tensor, place;
@@ -955,6 +955,7 @@ static DeviceBatch send_rows(Model *m, const int *inputs, const int *targets, in
 void model_losses(Model *m, const int *inputs, const int *targets, int rows, int T,
                   const Phase *phase, double *losses) {
     if (m->stale) weights_gather(m);
+    if (!rows) return;
     DeviceBatch b = send_rows(m, inputs, targets, rows, T);
     const HeadWeights *head = head_get(m);
     trunk_forward(m, &b, phase, head);

@@ -1,5 +1,5 @@
 // dist.h: what ranks, the processes that train one model together, do with one another in host
-// memory. How depends on the build; without both there is one rank, which all of this costs nothing:
+// memory. How depends on the build; without both there is one rank, which this costs nothing:
 //
 //     USE_NCCL   peers.h: by TCP through rank 0, which also watches that all are alive. Started by
 //                mpirun, srun, torchrun, or by --gpus. (What is large goes between GPUs: dist.cuh.)
@@ -25,7 +25,8 @@
 #if defined USE_NCCL
 #include <nccl.h>
 
-#include "llmc/peers.h"  // peers_init, peers_all_gather, peers_broadcast, launch_place, launch_spawn
+#include "llmc/launch.h"  // LaunchPlace, launch_place, launch_spawn
+#include "llmc/peers.h"   // peers_init, peers_all_gather, peers_broadcast, peers_watch
 #elif defined USE_MPI
 #define OMPI_SKIP_MPICXX 1  // not its C++ classes, which need a library of their own
 #include <mpi.h>

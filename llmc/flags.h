@@ -54,10 +54,6 @@
       "rows at once per rank; 0: within 8192 tokens (CPU), 131072 or 28 GB (GPU)")                 \
     F(int, INT, recompute, "recompute", "0", 0, 2,                                                 \
       "on a GPU, what backward makes again: 0 nothing, 1 relu^2, 2 the layer")                     \
-    F(int, INT, gpus, "gpus", "0", 0, 1024,                                                        \
-      "ranks to start on this machine, each with a GPU; 0: a launcher's, or one")                  \
-    F(double, DOUBLE, timeout, "timeout", "60", 1, 1e6,                                            \
-      "seconds without a sign of life after which a rank is lost, and the run ends")               \
     /* how long */                                                                                 \
     F(int64_t, INT64, steps, "steps", "0", 0, 1e12,                                                \
       "updates; 0: from --tokens or --ratio")                                                      \
@@ -95,6 +91,10 @@
       "folder of log.csv, run.json, ckpt/ (a file STOP or SAVE in it is obeyed); none: no files")  \
     F(const char *, STRING, resume, "resume", "", 0, 0,                                            \
       "auto (newest valid save in --out, or a fresh start) or a save's folder")                    \
+    F(int, INT, gpus, "gpus", "0", 0, 1024,                                                        \
+      "ranks to start on this machine, each with a GPU; 0: a launcher's, or one")                  \
+    F(double, DOUBLE, timeout, "timeout", "60", 1, 1e6,                                            \
+      "seconds without a sign of life after which a rank is lost, and the run ends")               \
     F(int, INT, save_every, "save-every", "0", 0, 1 << 30,                                         \
       "steps between saves; 0: at the end only")                                                   \
     F(int, INT, keep, "keep", "2", 1, 1 << 30,                                                     \

@@ -310,7 +310,7 @@ static inline size_t muon_bytes(const ShardPlan *plan, size_t scratch) {
     return muon_layout(&m, plan, scratch, NULL);
 }
 
-// For the matrices that this rank owns, in chunks that need `scratch` bytes (MUON_SCRATCH), or one matrix.
+// For the matrices that this rank owns, in chunks that need `scratch` bytes (MUON_SCRATCH), or one.
 // The scratch begins as NaN, so that what is read before it is written shows.
 static inline void muon_init(Muon *m, Gpu *g, const ShardPlan *plan, size_t scratch) {
     size_t bytes = muon_bytes(plan, scratch);

@@ -97,7 +97,8 @@ typedef struct {
 StepResult model_step(Model *, Loader *, const Phase *, const Plan *, const Flags *, int64_t step,
                       StopRequest asked, StepTrace *trace);
 
-// Nats of each target, without gradients. rows * T is at most a micro-batch.
+// Nats of each target, without gradients. rows * T is at most a micro-batch; 0: other ranks have the
+// last rows. All ranks call it as often.
 void model_losses(Model *, const int *inputs /* (rows, T) */, const int *targets /* (rows, T) */,
                   int rows, int T, const Phase *, double *losses /* (rows, T) */);
 
@@ -319,7 +320,6 @@ static inline void run_validate(Run *r, LogRow *row) {
     while (loader_val_more(&r->val)) {
         dist_at(&r->dist, r->step, "a validation");
         int rows = loader_val_next(&r->val, r->inputs, r->targets, r->plan.micro_rows);
-        if (!rows) continue;  // the last rows went to the ranks before this one
         model_losses(r->model, r->inputs, r->targets, rows, (int)T, &phase, r->losses);
         for (int64_t t = 0; t < rows * T; t++) {
             mine.nats += r->losses[t];
