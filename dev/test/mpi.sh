@@ -92,8 +92,11 @@ check "... on 2 with the same bits" same from2 on2
 rm -f "$out/signal.code"
 (ranks 4 signal --steps 100000; echo $? >"$out/signal.code") &
 until grep -q "^step .*3/" "$out/signal.txt" 2>/dev/null || [ -e "$out/signal.code" ]; do sleep 0.1; done
-for pid in $(pgrep -f "train_gpt2 .*--out $out/signal"); do
-    tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -qx "OMPI_COMM_WORLD_RANK=2" && kill -USR1 "$pid"
+for dir in /proc/[0-9]*; do
+    {
+        tr '\0' ' ' <"$dir/cmdline" | grep -q "train_gpt2 .*--out $out/signal" &&
+            tr '\0' '\n' <"$dir/environ" | grep -qx "OMPI_COMM_WORLD_RANK=2" && kill -USR1 "${dir#/proc/}"
+    } 2>/dev/null
 done
 wait
 check "a signal to rank 2 alone: exit 75" [ "$(cat "$out/signal.code")" -eq 75 ]
