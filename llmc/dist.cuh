@@ -149,14 +149,15 @@ static inline void net_init(Net *n, Gpu *gpu, const Dist *dist, const Table *t,
 #endif
 }
 
+// Before it, graphs that the stream's work was captured in must be gone.
 static inline void net_free(Net *n) {
     CUDA_CHECK(cudaFree(n->sent));
     CUDA_CHECK(cudaFree(n->received));
     CUDA_CHECK(cudaFree(n->small));
-    CUDA_CHECK(cudaStreamDestroy(n->stream));
 #ifdef USE_NCCL
     if (n->comm) NCCL_CHECK(ncclCommDestroy(n->comm));
 #endif
+    CUDA_CHECK(cudaStreamDestroy(n->stream));
 }
 
 // ---------------------------------------------------------------------------------------------
