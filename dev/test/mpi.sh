@@ -5,8 +5,11 @@
 set -u
 cd "$(dirname "$0")/../.."
 build=${BUILD:-build} passed=0 failed=0
-if ! command -v mpirun >/dev/null; then
-    echo "no mpirun here (openmpi-bin): skipped"
+why=
+command -v mpirun >/dev/null || why="no mpirun here (openmpi-bin)"
+ldd "$build/train_gpt2" | grep -q libmpi || why="$build/train_gpt2 is built without MPI (libopenmpi-dev)"
+if [ "$why" ]; then
+    echo "$why: skipped"
     echo "0 passed, 0 failed"
     exit 0
 fi
