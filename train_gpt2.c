@@ -609,8 +609,9 @@ struct Model {
     float *params, *grads;   // (table.numel) each; grads: of this rank's rows
     float *sums;             // (numel of this rank): gradients of all rows; of one rank: grads
     float *state1, *state2;  // (numel, state_numel of this rank): the optimizer's
-    double *squares;         // (world, table.count): sums of squares of the ranks' sums, by tensor
-    Weights w, dw;           // views of params and grads
+    // (world, table.count): squares of the ranks' sums, by tensor; and once more: this rank's
+    double *squares;
+    Weights w, dw;  // views of params and grads
     Activations a;
     void *activations;  // the memory that a points into
     MuonScratch muon;
@@ -725,7 +726,7 @@ void model_init(Model *m, const Config *cfg, const Plan *plan, const Dist *dist,
     m->state1 = die_alloc(mine, sizeof(float), "the optimizer's first state; lower --depth");
     m->state2 = die_alloc(m->shard.share[dist->rank].state_numel, sizeof(float),
                           "the optimizer's second state; lower --depth");
-    m->squares = die_alloc((size_t)dist->world * tensors, sizeof(double), "norms of gradients");
+    m->squares = die_alloc(((size_t)dist->world + 1) * tensors, sizeof(double), "norms");
     m->activations = die_alloc(activations_layout(&m->a, cfg, B, NULL), 1,
                                "the activations; lower --micro-batch");
     activations_layout(&m->a, cfg, B, m->activations);
@@ -1088,7 +1089,8 @@ static void gather_parameters(Model *m) {
 static double model_grad_norm(Model *m) {
     const ShardPlan *s = &m->shard;
     size_t count = (size_t)m->table.count;
-    double *mine = die_alloc(count, sizeof *mine, "norms of gradients"), sum = 0;
+    double *mine = m->squares + (size_t)s->world * count, sum = 0;
+    memset(mine, 0, count * sizeof *mine);
     for (int i = shard_next(s, 0); i < s->count; i = shard_next(s, i + 1)) {
         const Piece *p = &s->piece[i];
         if (p->owner == SHARD_ALL && s->rank > 0) continue;
@@ -1100,7 +1102,6 @@ static double model_grad_norm(Model *m) {
         for (int r = 0; r < s->world; r++) tensor += m->squares[(size_t)r * count + i];
         sum += tensor;
     }
-    free(mine);
     return sqrt(sum);
 }
 

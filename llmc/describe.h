@@ -66,6 +66,7 @@ static inline void describe_memory(FILE *out, const DescribeMemory *rows, int co
     double sum = 0;
     fprintf(out, "\nmemory\n");
     for (int i = 0; i < count; i++) {
+        if (rows[i].bytes == 0) continue;  // what only several ranks have
         fprintf(out, "  %-34s %10.1f MiB\n", rows[i].kind, rows[i].bytes / 1048576);
         sum += rows[i].bytes;
     }

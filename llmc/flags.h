@@ -91,7 +91,7 @@
       "folder of log.csv, run.json, ckpt/ (a file STOP or SAVE in it is obeyed); none: no files")  \
     F(const char *, STRING, resume, "resume", "", 0, 0,                                            \
       "auto (newest valid save in --out, or a fresh start) or a save's folder")                    \
-    F(int, INT, gpus, "gpus", "0", 0, 1024,                                                        \
+    F(int, INT, gpus, "gpus", "0", 0, 255,                                                         \
       "ranks to start on this machine, each with a GPU; 0: a launcher's, or one")                  \
     F(double, DOUBLE, timeout, "timeout", "60", 1, 1e6,                                            \
       "seconds without a sign of life after which a rank is lost, and the run ends")               \

@@ -154,6 +154,9 @@ static inline void run_configure(Run *r, int argc, char **argv) {
                                r->has_tokenizer ? r->tokenizer.bos : -1);
     int micro_tokens = model_micro_tokens(&r->cfg, f->recompute);
     r->ranks = r->dist.world > 1 || !f->gpus ? r->dist.world : f->gpus;
+    if (r->ranks > SHARD_MAX_RANKS)
+        die(EXIT_USAGE, "found %d ranks, expected at most %d; start fewer", r->ranks,
+            SHARD_MAX_RANKS);
     r->plan = plan_from_flags(f, &r->cfg, r->ranks, micro_tokens);
     check_micro_batch(f, &r->cfg, &r->plan, micro_tokens);
     table_init(&r->table, &r->cfg);

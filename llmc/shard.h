@@ -28,7 +28,8 @@
 #include "llmc/die.h"    // die_alloc
 #include "llmc/model.h"  // Table, Tensor, table_align
 
-enum { SHARD_ALL = -1, SHARD_MAX_RANKS = 1024 };
+// As many ranks as a save has room for files of (CKPT_FILES_MAX), beside the parameters'.
+enum { SHARD_ALL = -1, SHARD_MAX_RANKS = 255 };
 
 // Rows row .. row + rows - 1 of a tensor, and who owns them.
 typedef struct {

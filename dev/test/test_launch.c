@@ -336,15 +336,20 @@ TEST(the_cause_counts_though_its_effects_are_there_first) {
     CHECK_RANK(0, EXIT_COMM, "");
 }
 
+// Starts a launcher in a mode, signals it when its ranks are there, and waits until all are gone.
+static void signal_launcher(const char *mode, int number) {
+    start_launcher(mode);
+    ranks_wait_ready(3);
+    kill(ranks[0].pid, number);
+    ranks_wait_but(1);
+    check_all_gone();
+    close(ranks_ready[0]);
+}
+
 TEST(signals_are_handed_on) {
     static const int numbers[] = {SIGTERM, SIGUSR1};
     for (int i = 0; i < 2; i++) {
-        start_launcher("signal");
-        ranks_wait_ready(3);
-        kill(ranks[0].pid, numbers[i]);
-        ranks_wait_but(1);
-        check_all_gone();
-        close(ranks_ready[0]);
+        signal_launcher("signal", numbers[i]);
         CHECK_RANK(0, numbers[i] == SIGTERM ? EXIT_PREEMPTED : 11, "");
         CHECK_STR(ranks[0].text, "");
     }
@@ -352,23 +357,13 @@ TEST(signals_are_handed_on) {
 
 // Nobody should start it again.
 TEST(an_interrupt_ends_all_with_the_code_of_a_shell) {
-    start_launcher("stay");
-    ranks_wait_ready(3);
-    kill(ranks[0].pid, SIGINT);
-    ranks_wait_but(1);
-    check_all_gone();
-    close(ranks_ready[0]);
+    signal_launcher("stay", SIGINT);
     CHECK_RANK(0, 128 + SIGINT, "");
     CHECK_STR(ranks[0].text, "");
 }
 
 TEST(when_the_launcher_is_killed_its_ranks_are_too) {
-    start_launcher("stay");
-    ranks_wait_ready(3);
-    kill(ranks[0].pid, SIGKILL);
-    ranks_wait_but(1);
-    check_all_gone();
-    close(ranks_ready[0]);
+    signal_launcher("stay", SIGKILL);
     CHECK_INT(ranks[0].code, RANKS_KILLED + SIGKILL);
 }
 
